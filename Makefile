@@ -1,0 +1,80 @@
+# Each command works alone on a machine with make and any Python from 3.10 on: it makes .venv, installs what it
+# needs once (stamp files remember it) and runs. torch always comes first, from constraints.txt, in a call of its own:
+# a CPU build that is at hand is then taken, and no later package can pull in another one.
+#
+#   make demo         the main job on real data: fill once, train from the cache, run again without encoding
+#   make test         every test and doctest, with the coverage floor
+#   make lint types   ruff and mypy
+#   make bench        the speed figures, each beside its bar
+#   make tutorials    execute the notebooks
+#   make charts       the demo, then imgs/*.png from its measured JSON
+#   make clean        remove .venv and what runs leave
+#
+# Another place for the environment: make test VENV=/some/where. Another Python: make test PYTHON=python3.12.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types bench tutorials charts clean
+
+VENV ?= .venv
+# The plain python3 comes first: it is the one that local wheels are usually kept for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+TESTS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile --cov --cov-report=term
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+demo: $(VENV)/.demo
+	$(RUN) -u -m quatcache.demo --json results/demo.json $(DEMO_ARGS)
+
+# One thread a process: two pytest workers on two cores, and sums that do not depend on how many threads there are.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -u -m pytest $(PYTEST_ARGS) $(TESTS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.bench
+	$(RUN) -u -m benchmarks --json results/benchmarks.json $(BENCH_ARGS)
+
+tutorials: $(VENV)/.tutorials
+	$(RUN) -u tutorials/execute.py
+
+charts: $(VENV)/.bench
+	$(RUN) -u -m quatcache.demo --json results/demo.json $(DEMO_ARGS)
+	$(RUN) -u imgs/draw.py results/demo.json
+
+clean:
+	rm -rf $(VENV) results cache lightning_logs checkpoints build dist
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.10 was found; install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: constraints.txt | $(VENV)/.python
+	$(PIP) install -c constraints.txt torch
+	@touch $@
+
+# A stamp for each extra: its file is as new as the install, so a change of versions installs again.
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.tutorials $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Only the weights of wordllama are wanted: its dependencies would hold others back.
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt --no-deps wordllama
+	@touch $@

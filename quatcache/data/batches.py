@@ -1,0 +1,156 @@
+"""Batches: samples read from a dataset and collated for every encoder of a model.
+
+The unit of reading is the batch, not the sample: a :class:`BatchReader` implements ``__getitems__``, which a
+``DataLoader`` calls once per batch with all its indices. So a batch whose encoders and labels are all cached is one
+index operation, and the loader's own sampler, generator and ``drop_last`` decide what is in it, cached or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from quatcache.data.samples import (
+    ReadSample,
+    SampleLayout,
+    arranged_items,
+    common_layout,
+    target_columns,
+)
+from quatcache.errors import CollateError, QuatcacheError, shorten
+
+__all__ = ["Batch", "BatchReader", "CachedColumns", "collate_items", "read_samples"]
+
+SampleReader = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """What a training step gets.
+
+    Attributes:
+        inputs: For each encoder name what its ``forward`` takes: a collated batch, or the rows themselves where the
+            encoder is cached.
+        targets: What the loss takes after the embeddings.
+    """
+
+    inputs: dict[str, Any]
+    targets: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class CachedColumns:
+    """What is known of every sample of one dataset, by index.
+
+    Attributes:
+        rows: For each cached encoder the row numbers of the items, int64 ``(N, k)``.
+        targets: The target columns ``(N, ...)``; None where labels are not cached.
+        layout: The layout of the samples.
+    """
+
+    rows: Mapping[str, torch.Tensor]
+    targets: tuple[torch.Tensor, ...] | None
+    layout: SampleLayout
+
+
+def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> list[ReadSample]:
+    """Read and take apart samples of a map-style dataset, in one call where the dataset offers that.
+
+    Raises:
+        SampleError: A sample is of no supported kind.
+    """
+    many = getattr(dataset, "__getitems__", None)
+    return [reader(sample) for sample in (many(list(indices)) if many else [dataset[index] for index in indices])]
+
+
+def collate_items(name: str, collate: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> Any:
+    """Collate a batch of items for one encoder; if that fails, find out which item is to blame.
+
+    Raises:
+        CollateError: With the encoder, the item and the cause.
+    """
+    try:
+        return collate(items)
+    except QuatcacheError:
+        raise
+    except Exception as error:
+        culprit = next((item for item in items if _fails(collate, item)), None)
+        about = f"item {shorten(culprit)}" if culprit is not None else f"a batch of {len(items)} items together"
+        raise CollateError(
+            f"encoder {name!r} could not collate {about} ({type(error).__name__}: {error}); correct the item, or what "
+            "collate does with it."
+        ) from error
+
+
+def _fails(collate: Callable[[Sequence[Any]], Any], item: Any) -> bool:
+    try:
+        collate([item])
+    except Exception:
+        return True
+    return False
+
+
+@dataclass
+class BatchReader(Dataset[Any]):
+    """A dataset as batches: given the indices of a batch, it returns the whole :class:`Batch`.
+
+    Attributes:
+        dataset: The user's map-style dataset.
+        collates: For each encoder that is not cached, its collate function.
+        reader: Takes a sample apart.
+        columns: What is cached of this dataset; None where nothing is.
+    """
+
+    dataset: Any
+    collates: Mapping[str, Callable[[Sequence[Any]], Any]]
+    reader: SampleReader
+    columns: CachedColumns | None = field(default=None)
+
+    def __len__(self) -> int:
+        """Count the samples, as the user's dataset does."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Give a batch of one sample."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Give the batch of these samples; rows are still numbers, for the loader to gather."""
+        columns = self.columns
+        if columns is not None and columns.targets is not None and not self.collates:
+            where = torch.as_tensor(indices)
+            return Batch(self._numbers(columns, where), columns.layout.loss_arguments(_select(columns.targets, where)))
+        batch = collate_samples(read_samples(self.dataset, indices, self.reader), self.collates)
+        if columns is None:
+            return batch
+        where = torch.as_tensor(indices)
+        targets = batch.targets
+        if columns.targets is not None:
+            targets = columns.layout.loss_arguments(_select(columns.targets, where))
+        return Batch({**batch.inputs, **self._numbers(columns, where)}, targets)
+
+    @staticmethod
+    def _numbers(columns: CachedColumns, where: torch.Tensor) -> dict[str, Any]:
+        return {name: rows.index_select(0, where).t().reshape(-1) for name, rows in columns.rows.items()}
+
+
+def collate_samples(
+    samples: Sequence[ReadSample], collates: Mapping[str, Callable[[Sequence[Any]], Any]]
+) -> Batch:
+    """Collate B samples for each of the encoders.
+
+    Raises:
+        CollateError: An encoder could not collate an item.
+        SampleError: The samples mix layouts.
+    """
+    layout = common_layout(samples)
+    items = arranged_items(samples)
+    inputs = {name: collate_items(name, collate, items) for name, collate in collates.items()}
+    return Batch(inputs, layout.loss_arguments(target_columns(samples)))
+
+
+def _select(columns: Sequence[torch.Tensor], where: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(column.index_select(0, where) for column in columns)

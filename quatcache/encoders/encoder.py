@@ -1,0 +1,266 @@
+"""The contract of an encoder: collate items in a loader's worker, turn the collated batch into rows.
+
+Two habits of PyTorch modules shaped this class. A module is in training mode until somebody says otherwise, and
+``model.train()`` at the start of an epoch reaches every child: a frozen encoder would then answer with dropout, in
+silence. So :meth:`Encoder.train` ignores the wish of a parent while :attr:`Encoder.trainable` is false. And a module
+whose author forgets ``super().__init__()``, or calls it after the first assignment, fails far from the mistake; here
+the module's state is made in ``__new__``, and the order of statements in a subclass does not matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from quatcache.encoders.facts import module_facts
+from quatcache.encoders.serialised import JSON
+from quatcache.encoders.weights import assign_tensors, named_tensors
+from quatcache.errors import FormatError, ModelDefinitionError
+
+__all__ = ["Encoder"]
+
+WEIGHTS_FILE = "weights.safetensors"
+SETTINGS_FILE = "encoder.json"
+
+
+class _Required:
+    """A class attribute that a subclass must define; reading it before that says so.
+
+    It has no ``__set__``, so a plain attribute on the instance, a class attribute and a property all override it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        if instance is None:
+            return self
+        raise ModelDefinitionError(
+            f"{owner.__qualname__} has no {self._name}: define it as a class attribute, an attribute or a property"
+        )
+
+
+class Encoder(nn.Module):
+    """Turns items into rows; the part of a model whose results can be cached while it is frozen.
+
+    A subclass defines :meth:`collate`, :meth:`forward` and :attr:`embedding_size`. Everything else has a default.
+
+    Attributes:
+        trainable: Whether training may change the encoder. A frozen one (the default) never leaves eval mode, and its
+            rows may be cached. A class attribute, an attribute or a property.
+        embedding_size: Size of the last dimension of a row. A class attribute, an attribute or a property.
+        version: Raise it when the meaning of :meth:`collate` or :meth:`forward` changes: code is not part of the
+            identity, this number is.
+
+    Tensors held in parameters, buffers or plain attributes count as weights. Attributes that are numbers, strings,
+    booleans, None, or tuples, lists and dicts of these count as settings, unless their names begin with an
+    underscore: a counter or a memo belongs in such a private attribute, or each run would look like another encoder.
+
+    Example:
+        >>> import torch
+        >>> class TableEncoder(Encoder):
+        ...     embedding_size = 2
+        ...     def __init__(self):
+        ...         self.table = torch.eye(2)
+        ...     def collate(self, items):
+        ...         return torch.tensor(items)
+        ...     def forward(self, inputs):
+        ...         return self.table[inputs]
+        >>> encoder = TableEncoder()
+        >>> encoder(encoder.collate([1, 0]))
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
+
+    version: int = 1
+
+    if TYPE_CHECKING:
+
+        @property
+        def trainable(self) -> bool:
+            """Whether training may change the encoder."""
+
+        @property
+        def embedding_size(self) -> int:
+            """Size of the last dimension of a row."""
+    else:
+        trainable = False
+        embedding_size = _Required()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the module's own state before any ``__init__`` runs."""
+        encoder = super().__new__(cls)
+        nn.Module.__init__(encoder)
+        # A frozen encoder is never in training mode itself. Its submodules keep their own modes: dropout that was
+        # left on is the author's mistake to see, not ours to hide.
+        encoder.training = getattr(cls, "trainable", False) is not False
+        return encoder
+
+    def __init__(self) -> None:
+        """Do nothing: the state exists already, and making it again would drop what a subclass has set."""
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """Turn a batch of items into the input of :meth:`forward`; runs in the workers of a loader.
+
+        Args:
+            items: One or more items, as the dataset gave them.
+
+        Returns:
+            What :meth:`forward` takes, usually a tensor or a dict of tensors on the CPU.
+
+        Raises:
+            ModelDefinitionError: If the subclass has no ``collate``.
+        """
+        raise ModelDefinitionError(
+            f"{type(self).__qualname__} has no collate: define collate(self, items) to turn a list of items into the "
+            "input of forward"
+        )
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Encode a collated batch.
+
+        Args:
+            inputs: What :meth:`collate` returned for B items; it must not be changed in place.
+
+        Returns:
+            Rows of shape (B, D) or (B, *shape), in the order of the items.
+
+        Raises:
+            ModelDefinitionError: If the subclass has no ``forward``.
+        """
+        raise ModelDefinitionError(
+            f"{type(self).__qualname__} has no forward: define forward(self, inputs) to turn what collate returned "
+            "into a tensor of shape (B, D)"
+        )
+
+    def content(self, item: Any) -> Any:
+        """Give the part of an item that the encoder sees: items of equal content share one cached row.
+
+        Args:
+            item: An item, as the dataset gave it.
+
+        Returns:
+            The item itself unless a subclass narrows it (to a text without its id, for instance).
+        """
+        return item
+
+    def length(self, item: Any) -> int:
+        """Estimate what an item costs, cheaply, so that a fill can batch items of like size.
+
+        Args:
+            item: An item, as the dataset gave it.
+
+        Returns:
+            Any non-negative number that grows with the cost (for a text: its characters); 0 keeps the dataset's order.
+        """
+        return 0
+
+    def identity(self) -> Mapping[str, JSON]:
+        """Name what else decides the output, beside the weights and settings that are found by themselves.
+
+        Returns:
+            JSON values by name, for instance the checksum of a file that ``collate`` reads.
+        """
+        return {}
+
+    def facts(self) -> dict[str, JSON]:
+        """List what decides the output: the digest of every tensor, and every setting of every submodule.
+
+        The adapters override it to name what their libraries hide (tokenizer, pooling, prompt) and to leave out what
+        does not matter (paths). A user adds to it through :meth:`identity`.
+
+        Returns:
+            JSON values by flat name.
+        """
+        return module_facts(self)
+
+    def collate_fn(self) -> Callable[[Sequence[Any]], Any]:
+        """Give the callable that a loader's worker runs; it pickles under the spawn start method.
+
+        Returns:
+            The bound :meth:`collate`, which takes this encoder along, weights included. The adapters return an
+            object without weights.
+        """
+        return self.collate
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but only if the encoder is trainable: a frozen one stays in eval mode.
+
+        Args:
+            mode: What a parent module asks for.
+
+        Returns:
+            The encoder itself.
+        """
+        return super().train(mode and self.trainable)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the encoder's tensors as safetensors, with a small JSON file beside them.
+
+        Args:
+            path: A directory; it is created if it does not exist.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A tensor that shares memory, or has gaps, is refused by safetensors.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(self).items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
+        settings = {"kind": "custom", "name": type(self).__qualname__, "version": self.version}
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Make an encoder and fill in the tensors that :meth:`save` wrote.
+
+        Args:
+            path: The directory that was given to :meth:`save`.
+
+        Returns:
+            An encoder in eval mode.
+
+        Raises:
+            ModelDefinitionError: If the class cannot be made without arguments.
+            FormatError: If the file is missing or damaged, or holds other tensors than the class has.
+        """
+        required = [
+            parameter.name
+            for parameter in inspect.signature(cls).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        if required:
+            raise ModelDefinitionError(
+                f"{cls.__qualname__} needs {', '.join(required)} to be made: make it yourself and call load_weights, "
+                "or override load"
+            )
+        encoder = cls()
+        encoder.load_weights(path)
+        encoder.eval()
+        return encoder
+
+    def load_weights(self, path: str | PathLike[str]) -> None:
+        """Fill in the tensors that :meth:`save` wrote; every one of them must fit.
+
+        Args:
+            path: The directory that was given to :meth:`save`.
+
+        Raises:
+            FormatError: If the file is missing or damaged, or holds other tensors than this encoder has.
+        """
+        file = Path(path) / WEIGHTS_FILE
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise FormatError(f"{file} cannot be read ({error}); save the encoder again") from error
+        with torch.no_grad():
+            assign_tensors(self, tensors, source=str(file))

@@ -1,0 +1,255 @@
+"""What decides an encoder's output, as flat JSON facts that a person can read and two runs can compare.
+
+A fact that should not count costs a whole fill, a fact that is missing serves stale rows. So everything that an
+encoder holds counts by default, and what is left out is listed (in ``serialised.py``): where a model came from and
+where it runs (paths, device), how it is trained (learning rate, requires_grad), and names that begin with an
+underscore, which is where counters and memos belong. Of a transformers model inside an encoder the configuration
+counts, not the attributes that this or that version of the library derives from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import random
+import sys
+import types
+from collections.abc import Callable, Collection, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quatcache.encoders.serialised import JSON, compact, flatten, is_ignored, read_config, to_json, tokenizer_facts
+from quatcache.encoders.weights import attributes, named_tensors, package_of, tensor_digest
+
+__all__ = ["adapter_facts", "code_name", "describe", "module_facts", "own_facts", "weight_facts"]
+
+_IGNORED_TYPES = (
+    PathLike,
+    torch.device,
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+    logging.Logger,
+    logging.LoggerAdapter,
+    types.ModuleType,
+)
+_DEPTH = 8
+
+
+def code_name(code: Any) -> str:
+    """Name a class or function so that a script and an import of it agree.
+
+    ``__main__`` (``__mp_main__`` in a spawned process) becomes the name that an import of the file would have.
+
+    Args:
+        code: A class or a function.
+
+    Returns:
+        "module.qualified_name"; "relu" for a builtin without a module.
+
+    Example:
+        >>> code_name(nn.Linear)
+        'torch.nn.modules.linear.Linear'
+    """
+    module = getattr(code, "__module__", None)
+    name = getattr(code, "__qualname__", None) or getattr(code, "__name__", None) or type(code).__qualname__
+    if module in {"__main__", "__mp_main__"}:
+        main = sys.modules.get(module)
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name.removesuffix(".__main__") if spec is not None else Path(file).stem if file else "__main__"
+    return f"{module}.{name}" if module else str(name)
+
+
+def module_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
+    """List the facts of any module: tensors, classes of its submodules, and their settings.
+
+    Args:
+        module: The module, an :class:`~quatcache.encoders.Encoder` or not.
+        prefix: Put before every name, with its dot.
+
+    Returns:
+        "weights.<name>": digest, "module.<path>": class, "<path>.<attribute>": value.
+
+    Example:
+        >>> facts = module_facts(nn.Sequential(nn.LayerNorm(2, eps=1e-6)))
+        >>> facts["module.0"], facts["0.eps"]
+        ('torch.nn.modules.normalization.LayerNorm', 1e-06)
+    """
+    tensors = named_tensors(module)
+    facts = {**weight_facts(tensors, prefix), **adapter_facts(module, prefix)}
+    seen: dict[int, Any] = {id(known): known for known in (*module.modules(), *tensors.values())}
+    for path, submodule in module.named_modules():
+        inner = f"{prefix}{path}." if path else prefix
+        if path:
+            facts[f"module.{inner[:-1]}"] = code_name(type(submodule))
+        known = package_of(type(submodule)) in {"transformers", "peft"}
+        for name, value in attributes(submodule).items():
+            if not is_ignored(name) and (not known or name == "config"):
+                describe(value, inner + name, facts, seen)
+    return facts
+
+
+def own_facts(encoder: nn.Module, besides: Collection[str]) -> dict[str, JSON]:
+    """List the facts of an encoder that are not those of the model it adapts: its settings, and what a subclass adds.
+
+    Args:
+        encoder: An adapter, or a subclass of one.
+        besides: Names of the submodules whose facts are listed otherwise.
+
+    Returns:
+        Settings by attribute name; tensors and modules of a subclass as in :func:`module_facts`.
+    """
+    seen: dict[int, Any] = {id(submodule): submodule for submodule in encoder.modules()}
+    facts: dict[str, JSON] = {}
+    tensors = {**dict(encoder.named_parameters(recurse=False)), **dict(encoder.named_buffers(recurse=False))}
+    for name, value in attributes(encoder).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif not is_ignored(name):
+            describe(value, name, facts, seen)
+    if tensors:
+        facts.update(weight_facts(tensors))
+    for name, child in encoder.named_children():
+        if name not in besides:
+            facts[f"module.{name}"] = code_name(type(child))
+            facts.update(module_facts(child, f"{name}."))
+    return facts
+
+
+def adapter_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
+    """List the state of peft adapters: which are active, disabled or merged, and how strongly they act.
+
+    Args:
+        module: A model whose layers may be peft layers.
+        prefix: Put before every name, with its dot.
+
+    Returns:
+        "adapter.<entry>", numbered if layers differ; nothing if the module has no adapters.
+    """
+    states: dict[str, dict[str, JSON]] = {}
+    layer: Any
+    for layer in module.modules():
+        if not hasattr(layer, "active_adapters") or not hasattr(layer, "scaling"):
+            continue
+        state = {
+            "active": to_json(list(layer.active_adapters)),
+            "disabled": bool(getattr(layer, "disable_adapters", False)),
+            "merged": to_json(list(getattr(layer, "merged_adapters", []))),
+            "scaling": to_json({name: float(value) for name, value in layer.scaling.items()}),
+        }
+        states.setdefault(json.dumps(state, sort_keys=True), state)
+    facts: dict[str, JSON] = {}
+    for index, key in enumerate(sorted(states)):
+        for name, value in states[key].items():
+            facts[f"{prefix}adapter.{index}.{name}" if len(states) > 1 else f"{prefix}adapter.{name}"] = value
+    return facts
+
+
+def weight_facts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, JSON]:
+    """Digest tensors by name, and name their dtypes in one fact of its own.
+
+    Args:
+        tensors: Tensors by name; two names of one tensor are digested once.
+        prefix: Put between "weights." and every name, with its dot.
+
+    Returns:
+        "weights.<name>": digest for every tensor, and "dtype": the floating dtypes joined by "+".
+    """
+    digests: dict[tuple[Any, ...], str] = {}
+    facts: dict[str, JSON] = {}
+    for name, tensor in tensors.items():
+        key = (id(tensor),)
+        if key not in digests:
+            digests[key] = tensor_digest(tensor)
+        facts[f"weights.{prefix}{name}"] = digests[key]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if dtypes:
+        facts[f"{prefix}dtype"] = "+".join(sorted(dtypes))
+    return facts
+
+
+def describe(value: Any, name: str, facts: dict[str, JSON], seen: dict[int, Any] | None = None, depth: int = 0) -> None:
+    """Add the facts of one attribute, whatever it is.
+
+    Args:
+        value: A setting, a tensor, a tokenizer, a processor, a function, or an object that holds such things.
+        name: The name of the fact, and the prefix of the facts inside it.
+        facts: Receives the facts.
+        seen: Objects by id that need no second description (kept here, so that no id is used again); a guard against
+            cycles.
+        depth: How deep the value lies; below 8 levels only classes are named.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(value, _IGNORED_TYPES):
+        return
+    try:
+        facts[name] = compact(to_json(value))
+        return
+    except TypeError:
+        pass
+    if id(value) in seen:
+        return
+    seen[id(value)] = value
+    if isinstance(value, Tensor):
+        facts[f"weights.{name}"] = tensor_digest(value)
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind in "biufc":
+            facts[f"weights.{name}"] = tensor_digest(torch.from_numpy(np.ascontiguousarray(value)))
+        else:
+            describe(value.tolist(), name, facts, seen, depth + 1)
+    elif depth >= _DEPTH:
+        facts[name] = code_name(type(value))
+    elif isinstance(value, nn.Module):
+        facts[f"module.{name}"] = code_name(type(value))
+        facts.update(module_facts(value, f"{name}."))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            describe(inner, f"{name}.{key}", facts, seen, depth + 1)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for index, inner in enumerate(value):
+            describe(inner, f"{name}.{index}", facts, seen, depth + 1)
+    elif hasattr(value, "encode_batch") or hasattr(value, "convert_tokens_to_ids"):
+        facts.update(tokenizer_facts(value, f"{name}."))
+    elif callable(getattr(value, "to_dict", None)):
+        facts[name] = type(value).__name__
+        flatten(read_config(value), name, facts)
+    elif isinstance(value, functools.partial):
+        for part, inner in (("", value.func), (".args", value.args), (".keywords", value.keywords)):
+            describe(inner, name + part, facts, seen, depth + 1)
+    elif inspect.isroutine(value) or isinstance(value, type):
+        facts[name] = code_name(value)
+        _describe_function(value, name, facts, seen, depth)
+    else:
+        facts[name] = code_name(type(value))
+        for inner_name, inner in attributes(value).items():
+            if not is_ignored(inner_name):
+                describe(inner, f"{name}.{inner_name}", facts, seen, depth + 1)
+
+
+def _describe_function(
+    function: Callable[..., Any] | type, name: str, facts: dict[str, JSON], seen: dict[int, Any], depth: int
+) -> None:
+    """Add what a function carries along: its instance, its closure, its defaults."""
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, type | types.ModuleType):
+        describe(owner, f"{name}.self", facts, seen, depth + 1)
+    code = getattr(function, "__code__", None)
+    for variable, cell in zip(
+        getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=False
+    ):
+        try:
+            describe(cell.cell_contents, f"{name}.{variable}", facts, seen, depth + 1)
+        except ValueError:  # a variable that was never assigned
+            continue
+    for parameter, default in (getattr(function, "__kwdefaults__", None) or {}).items():
+        describe(default, f"{name}.{parameter}", facts, seen, depth + 1)
+    for index, default in enumerate(getattr(function, "__defaults__", None) or ()):
+        describe(default, f"{name}.default_{index}", facts, seen, depth + 1)

@@ -1,0 +1,138 @@
+"""Encoding a batch, and the proof that the encoder behind it is frozen.
+
+A cache is right only if the encoder gives the same row each time. So before the first row is stored: no parameter may
+require a gradient, every module must be in eval mode, and the first batch is encoded twice and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from quatcache.data.batches import collate_items
+from quatcache.encoders.encoder import Encoder
+from quatcache.errors import EncoderOutputError, NotFrozenError, shorten
+
+__all__ = ["FrozenEncoder", "prove_fixed"]
+
+TOLERANCE = 1e-5
+"""Two passes may differ by so much of the largest value: GPU kernels may sum in another order, dropout differs by 1."""
+
+
+def prove_fixed(name: str, encoder: Encoder) -> None:
+    """Refuse an encoder that training could change or that is in training mode.
+
+    Args:
+        name: Its name in the model, for the message.
+        encoder: The encoder.
+
+    Raises:
+        NotFrozenError: A parameter requires a gradient, or a module is in training mode; the message names it.
+    """
+    for path, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            raise NotFrozenError(
+                f"encoder {name!r} cannot be cached: its parameter {path!r} requires a gradient; call "
+                "requires_grad_(False) on the encoder, or set trainable = True."
+            )
+    for path, module in encoder.named_modules():
+        if module.training:
+            where = f"its module {path!r} ({type(module).__name__})" if path else f"{type(encoder).__name__} itself"
+            raise NotFrozenError(
+                f"encoder {name!r} cannot be cached: {where} is in training mode, so dropout would be frozen into the "
+                "cache; call eval() on the encoder."
+            )
+
+
+class FrozenEncoder:
+    """Encodes items with a frozen encoder, checking what comes back.
+
+    Args:
+        name: The encoder's name in its model.
+        encoder: The encoder.
+        place: Moves collated inputs to where the encoder computes; None leaves them.
+        context: Entered around each forward, for instance autocast; None: nothing.
+
+    Raises:
+        NotFrozenError: See :func:`prove_fixed`; and from :meth:`encode` if two passes over the first batch differ.
+
+    Example:
+        >>> from quatcache.encoders import ModuleEncoder
+        >>> encoder = ModuleEncoder(torch.nn.Identity(), torch.stack, embedding_size=2)
+        >>> FrozenEncoder("default", encoder).encode([torch.ones(2)])
+        tensor([[1., 1.]])
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        place: Callable[[Any], Any] | None = None,
+        context: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """Prove that nothing in the encoder can change."""
+        prove_fixed(name, encoder)
+        self.name = name
+        self.encoder = encoder
+        self._place = place or (lambda inputs: inputs)
+        self._context = context or nullcontext
+        self._repeatable = False
+
+    def encode(self, items: Sequence[Any]) -> torch.Tensor:
+        """Encode one batch; the first batch twice, to see that both passes agree.
+
+        Args:
+            items: B items.
+
+        Returns:
+            Rows ``(B, *shape)`` on the encoder's device, without gradient.
+
+        Raises:
+            CollateError: An item could not be collated.
+            EncoderOutputError: Not a tensor, not one row per item, or not finite.
+            NotFrozenError: Two passes over the first batch differ.
+        """
+        inputs = self._place(collate_items(self.name, self.encoder.collate, items))
+        rows = self._rows(inputs, items)
+        if not self._repeatable:
+            self._compare(rows, self._rows(inputs, items))
+            self._repeatable = True
+        return rows
+
+    def _rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor:
+        with torch.no_grad(), self._context():  # not inference_mode: its tensors fail in a later backward
+            rows = self.encoder(inputs)
+        if not isinstance(rows, torch.Tensor):
+            raise EncoderOutputError(
+                f"encoder {self.name!r} returned a {type(rows).__name__} for {len(items)} items; return a tensor of "
+                "shape (B, D) or (B, *shape)."
+            )
+        if rows.dim() < 2 or len(rows) != len(items):
+            raise EncoderOutputError(
+                f"encoder {self.name!r} returned shape {tuple(rows.shape)} for {len(items)} items; return one row per "
+                "item, shape (B, D) or (B, *shape)."
+            )
+        if rows.shape[-1] != self.encoder.embedding_size:
+            raise EncoderOutputError(
+                f"encoder {self.name!r} returned rows of size {rows.shape[-1]}, its embedding_size says "
+                f"{self.encoder.embedding_size}; make them agree."
+            )
+        if rows.is_floating_point() and not torch.isfinite(rows).all():
+            bad = int((~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()[0])
+            raise EncoderOutputError(
+                f"encoder {self.name!r} returned NaN or infinity for item {shorten(items[bad])}; a cache would keep it "
+                "for ever: correct the item or the encoder."
+            )
+        return rows
+
+    def _compare(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        scale = float(first.abs().max()) if first.numel() else 0.0
+        difference = float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
+        if difference > TOLERANCE * max(scale, 1e-12):
+            raise NotFrozenError(
+                f"encoder {self.name!r} ({type(self.encoder).__name__}) cannot be cached: two passes over the same "
+                f"items differ by {difference:.3g}; remove what is random in its forward, or set trainable = True."
+            )

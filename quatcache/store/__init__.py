@@ -1,0 +1,21 @@
+"""Stores: keys to values, in a bounded mapping, in the memory of a device, or in memory-mapped shards."""
+
+from quatcache.store.directory import CacheDirectory, environment
+from quatcache.store.disk import DiskStore
+from quatcache.store.memory import MemoryStore
+from quatcache.store.protocol import Found, Positions, RowStore, Store
+from quatcache.store.tables import DatasetTable
+from quatcache.store.tensor import TensorStore
+
+__all__ = [
+    "CacheDirectory",
+    "DatasetTable",
+    "DiskStore",
+    "Found",
+    "MemoryStore",
+    "Positions",
+    "RowStore",
+    "Store",
+    "TensorStore",
+    "environment",
+]

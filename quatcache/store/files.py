@@ -1,0 +1,160 @@
+"""Files that are either wholly there or not there at all, and memory maps of them.
+
+Written under a temporary name in the same directory, flushed to the device, renamed, and the directory flushed after
+it: a power cut leaves the old state or the new one. What is read back was checked for size and checksum first,
+because a memory map of a truncated file kills the interpreter when it is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from xxhash import xxh3_128
+
+from quatcache.errors import FormatError, StoreError
+
+__all__ = ["DTYPES", "checksum", "open_tensors", "read_json", "write_json", "write_tensors"]
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""The dtypes that a file may name. A name from a file is looked up here and never evaluated."""
+
+_TEMPORARY = ".tmp-"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    _replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Args:
+        path: Where; the directory is made if need be.
+        tensors: Tensors on any device; they need not be contiguous.
+        metadata: Strings for the header.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush(temporary, os.O_RDWR)
+        temporary.replace(path)
+        _flush(path.parent, os.O_RDONLY)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise StoreError(
+            f"cannot write {path}: {_reason(error)}; free space or permit writing there, and run again: "
+            "what was committed before is kept."
+        ) from error
+
+
+def _flush(path: Path, flags: int) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows has no handle for a directory
+        return
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StoreError: The file cannot be read.
+        FormatError: It is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir.") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is damaged ({error}); delete it, and what it described is encoded again.") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}, not an object; delete it to have it made again.")
+    return content
+
+
+def checksum(path: Path) -> str:
+    """Hash the bytes of a file: 32 hex characters of xxh3_128, at several GB/s."""
+    digest = xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Map the tensors of a safetensors file into memory; nothing is read until it is touched.
+
+    Args:
+        path: The file.
+        expected_bytes: Its size as recorded when it was written.
+
+    Returns:
+        The tensors by name, and the metadata of the header.
+
+    Raises:
+        FormatError: The file is missing, of another size, or not what safetensors accepts.
+        StoreError: The file cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if expected_bytes is not None and size != expected_bytes:
+            raise FormatError(
+                f"{path} has {size} bytes instead of {expected_bytes}; delete it, and its rows are encoded again."
+            )
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} is missing; its rows are encoded again if the rest of the cache is kept.") from error
+    except (SafetensorError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir.") from error
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """View the bytes of a CPU tensor, for hashing."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(np.ascontiguousarray(flat.numpy()))

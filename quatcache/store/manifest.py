@@ -1,0 +1,180 @@
+"""The manifest of one store: which shards belong to it, and which encoder made their rows.
+
+It is the only file that changes. Shards are written first and named in it afterwards, so a reader sees a shard wholly
+or not at all, and a shard without an entry is an orphan that nobody reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quatcache.errors import FormatError
+from quatcache.store.files import DTYPES, read_json, write_json
+
+__all__ = ["MANIFEST_NAME", "FORMAT_VERSION", "Manifest", "ShardEntry"]
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+_SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One committed shard.
+
+    Attributes:
+        file: Its name in the directory of the manifest.
+        rows: How many rows it holds.
+        bytes: Its size.
+        xxh3: xxh3_128 of its bytes, 32 hex characters.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one store directory holds.
+
+    Attributes:
+        digest: Identity of the encoder, 32 hex characters.
+        facts: What the identity was made from, for explaining a miss.
+        row_shape: Shape of one row; None before the first shard.
+        dtype: Storage dtype.
+        given_dtype: Dtype that the encoder gives, to which look-ups convert.
+        environment: Library versions and hardware at the fill.
+        created: UTC time of the first commit, ISO 8601.
+        shards: Committed shards in row order.
+    """
+
+    digest: str
+    facts: Mapping[str, Any]
+    environment: Mapping[str, str]
+    row_shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    given_dtype: torch.dtype | None = None
+    created: str = ""
+    shards: tuple[ShardEntry, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Count the committed rows."""
+        return sum(shard.rows for shard in self.shards)
+
+    def with_shard(
+        self, shard: ShardEntry, row_shape: tuple[int, ...], dtype: torch.dtype, given_dtype: torch.dtype
+    ) -> Manifest:
+        """Add a shard, whose rows must be like those that are there.
+
+        Raises:
+            FormatError: The store holds rows of another shape or dtype.
+        """
+        if self.shards and (self.row_shape, self.dtype) != (row_shape, dtype):
+            raise FormatError(
+                f"the store of encoder {self.digest} holds {self.dtype} rows of shape {self.row_shape}, not {dtype} "
+                f"rows of shape {row_shape}; delete its directory to have it filled again."
+            )
+        created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return replace(
+            self,
+            row_shape=row_shape,
+            dtype=dtype,
+            given_dtype=given_dtype,
+            created=created,
+            shards=(*self.shards, shard),
+        )
+
+    def without(self, files: Collection[str]) -> Manifest:
+        """Drop the entries of some shards, by file name."""
+        return replace(self, shards=tuple(shard for shard in self.shards if shard.file not in files))
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a store directory, atomically."""
+        content = {
+            "format": "quatcache",
+            "version": FORMAT_VERSION,
+            "identity": {"digest": self.digest, "facts": dict(self.facts)},
+            "environment": dict(self.environment),
+            "created": self.created,
+            "row_shape": None if self.row_shape is None else list(self.row_shape),
+            "dtype": _dtype_name(self.dtype),
+            "given_dtype": _dtype_name(self.given_dtype),
+            "shards": [vars(shard) for shard in self.shards],
+        }
+        write_json(directory / MANIFEST_NAME, content)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest | None:
+        """Read the manifest of a store directory; None if there is none.
+
+        Raises:
+            FormatError: It is damaged, or of a newer version.
+            StoreError: It cannot be read.
+        """
+        path = directory / MANIFEST_NAME
+        try:
+            content = read_json(path)
+        except FileNotFoundError:
+            return None
+        version = content.get("version")
+        if content.get("format") != "quatcache" or not isinstance(version, int):
+            raise FormatError(f"{path} is not a quatcache manifest; use an empty directory as save_dir.")
+        if version > FORMAT_VERSION:
+            raise FormatError(
+                f"{path} has format version {version}, this quatcache reads up to {FORMAT_VERSION}; "
+                "upgrade quatcache or use another save_dir."
+            )
+        try:
+            return cls._parse(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete it, and its rows are encoded again."
+            ) from error
+
+    @classmethod
+    def _parse(cls, content: Mapping[str, Any]) -> Manifest:
+        shape = content["row_shape"]
+        return cls(
+            digest=str(content["identity"]["digest"]),
+            facts=dict(content["identity"]["facts"]),
+            environment={str(name): str(value) for name, value in content["environment"].items()},
+            row_shape=None if shape is None else tuple(_count(size) for size in shape),
+            dtype=_dtype(content["dtype"]),
+            given_dtype=_dtype(content["given_dtype"]),
+            created=str(content["created"]),
+            shards=tuple(_shard(entry) for entry in content["shards"]),
+        )
+
+
+def _shard(entry: Mapping[str, Any]) -> ShardEntry:
+    file, digest = entry["file"], entry["xxh3"]
+    if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+        raise ValueError(f"a shard is named {file!r}")
+    if not isinstance(digest, str):
+        raise ValueError(f"the checksum of {file} is {digest!r}")
+    return ShardEntry(file=file, rows=_count(entry["rows"]), bytes=_count(entry["bytes"]), xxh3=digest)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    return None if name is None else DTYPES[name]
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")

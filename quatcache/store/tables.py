@@ -1,0 +1,117 @@
+"""Index tables: which key item *i* of a dataset has, and its target.
+
+A table lets a warm start skip the reading of a dataset. It is a file of its own, named by a hash of what it holds:
+the same dataset writes the same file, a changed one writes another, and none is ever modified. Nothing says which
+dataset a table belongs to; the dataset shows that itself, when a sample of its items is compared with the table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from xxhash import xxh3_128
+
+from quatcache.errors import FormatError, StoreError
+from quatcache.keys import KeyArray
+from quatcache.store.files import open_tensors, tensor_bytes, write_tensors
+
+__all__ = ["DatasetTable", "read_tables", "write_table"]
+
+logger = logging.getLogger(__name__)
+
+TABLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DatasetTable:
+    """Keys and targets of one dataset, by index.
+
+    Attributes:
+        keys: For each encoder name the keys of the items, int64 ``(N, k, 2)``: k items a sample (2 for pairs).
+        targets: Target columns, each ``(N, ...)``; None if they were not cached.
+        layout: Name of the sample layout.
+    """
+
+    keys: Mapping[str, KeyArray]
+    targets: tuple[torch.Tensor, ...] | None
+    layout: str
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(next(iter(self.keys.values())))
+
+    def head(self, size: int) -> DatasetTable:
+        """Cut the table down to its first samples."""
+        targets = None if self.targets is None else tuple(column[:size] for column in self.targets)
+        return DatasetTable({name: keys[:size] for name, keys in self.keys.items()}, targets, self.layout)
+
+
+def write_table(directory: Path, table: DatasetTable) -> Path:
+    """Write a table, unless the same one is there.
+
+    Raises:
+        StoreError: The directory cannot be written.
+    """
+    names = sorted(table.keys)
+    tensors = {f"keys.{place}": torch.from_numpy(table.keys[name]) for place, name in enumerate(names)}
+    for place, column in enumerate(table.targets or ()):
+        tensors[f"target.{place}"] = column
+    about = {
+        "version": TABLE_VERSION,
+        "samples": len(table),
+        "layout": table.layout,
+        "encoders": names,
+        "targets": None if table.targets is None else len(table.targets),
+    }
+    digest = _digest(about, tensors)
+    path = directory / f"{digest}.safetensors"
+    if not path.exists():
+        write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
+    return path
+
+
+def read_tables(directory: Path, encoders: Sequence[str]) -> Iterator[DatasetTable]:
+    """Give the tables that know all these encoders, newest first; a damaged one is passed over with a warning."""
+    if not directory.is_dir():
+        return
+    paths = sorted(directory.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in paths:
+        try:
+            table = _read_table(path)
+        except (FormatError, StoreError) as error:
+            logger.warning("%s The dataset is read again.", error)
+            continue
+        if set(encoders) <= set(table.keys):
+            yield table
+
+
+def _read_table(path: Path) -> DatasetTable:
+    tensors, metadata = open_tensors(path)
+    try:
+        about = json.loads(metadata["quatcache"])
+        if about["version"] > TABLE_VERSION:
+            raise FormatError(f"{path} has version {about['version']}, this quatcache reads up to {TABLE_VERSION}.")
+        if _digest(about, tensors) != path.stem:
+            raise FormatError(f"{path} is damaged: its content does not hash to its name.")
+        keys = {str(name): tensors[f"keys.{place}"].numpy() for place, name in enumerate(about["encoders"])}
+        count = about["targets"]
+        targets = None if count is None else tuple(tensors[f"target.{place}"] for place in range(count))
+        return DatasetTable(keys, targets, str(about["layout"]))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _digest(about: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = xxh3_128(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""The Lightning callback: when a session starts, and when it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quatcache.training.config import CacheConfig
+from quatcache.training.lightning import Callback, LightningModule, Trainer
+from quatcache.training.report import CacheReport
+from quatcache.training.session import CacheSession
+
+__all__ = ["CacheCallback"]
+
+
+class CacheCallback(Callback):
+    """Fills the cache before a run, trains from it, and leaves everything as it was.
+
+    A :class:`TrainableModel` brings its own along. By hand it serves any LightningModule whose ``encoders`` attribute
+    maps names to :class:`~quatcache.Encoder` objects, and whose steps take a :class:`~quatcache.data.Batch`.
+
+    Args:
+        config: How to cache; None: loaders collate through the encoders, and nothing is cached.
+
+    Attributes:
+        report: What the last run cached; see :class:`~quatcache.training.CacheReport`.
+
+    Example:
+        >>> CacheCallback(CacheConfig(batch_size=64)).report.encoded
+        0
+    """
+
+    def __init__(self, config: CacheConfig | None = None) -> None:
+        """Keep the config; nothing is touched before a run."""
+        self.config = config
+        self.report = CacheReport()
+        self._session: CacheSession | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the loader sources, before Lightning asks them for loaders."""
+        self._end()
+        self._session = CacheSession(trainer, pl_module, self.config)
+        self.report = self._session.report
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill, now that the model is on its device and its weights are restored, and no loader was made."""
+        if self._session is not None:
+            self._session.prepare()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put everything back, for what users do in ``on_fit_end`` and after."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put everything back: after an error or Ctrl-C ``teardown`` is not called."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put everything back after a run of any kind."""
+        self._end()
+
+    def _end(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give nothing: a cache is not part of a checkpoint."""
+        return {}

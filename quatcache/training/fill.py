@@ -1,0 +1,282 @@
+"""The fill: every dataset of a run indexed, every distinct item encoded once.
+
+For each dataset there is at most one pass. What a verified index table knows is not read again, what the stores hold
+is not encoded again; so a warm start reads a sample of items only, and a grown dataset its new part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from quatcache.data.batches import CachedColumns
+from quatcache.data.samples import LAYOUTS, SampleLayout
+from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.errors import ConfigError, KeyTypeError, SampleError, shorten
+from quatcache.keys import KeyArray
+from quatcache.read_through import Counts, fill_through
+from quatcache.store import CacheDirectory, DatasetTable, Positions, RowStore
+from quatcache.training.keying import Chunk, ChunkReader, KeyScheme, SharedKeys
+from quatcache.training.progress import FillProgress
+from quatcache.training.verify import READ_TWICE, differing_item, matching_table
+
+__all__ = ["DatasetFill", "EncoderFill", "unkeyable"]
+
+WINDOW = 16
+"""Encoder batches of one chunk: items are sorted by length within a chunk, so that a batch has little padding."""
+
+
+@dataclass
+class EncoderFill:
+    """One encoder that is being cached.
+
+    Attributes:
+        name: Its name in the model.
+        scheme: How it keys items.
+        store: Where its rows go.
+        frozen: Makes the real encoder ready, once, when the first item must be encoded.
+        length: Estimates the cost of an item.
+        counts: What was done so far.
+        shared: Notices unlike items of one extracted key; None with default keys.
+    """
+
+    name: str
+    scheme: KeyScheme
+    store: RowStore
+    frozen: Callable[[], FrozenEncoder]
+    length: Callable[[Any], int]
+    counts: Counts = field(default_factory=Counts)
+    shared: SharedKeys | None = None
+
+    def fill(self, chunk: Chunk, batch_size: int) -> Counts:
+        """Encode what the store lacks of a chunk."""
+        items = chunk.items
+
+        def compute(positions: Positions) -> torch.Tensor:
+            return self.frozen().encode([items[position] for position in positions.tolist()])
+
+        def batches(positions: Positions) -> Iterable[Positions]:
+            lengths = np.array([self.length(items[position]) for position in positions.tolist()])
+            ordered = positions[np.argsort(-lengths, kind="stable")]  # longest first: memory runs out at once or never
+            return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+
+        if self.shared is not None:
+            self.shared.look(chunk)
+        counts = fill_through(chunk.keys[self.name].reshape(-1, 2), compute, self.store, batches=batches)
+        self.counts += counts
+        return counts
+
+
+@dataclass
+class DatasetFill:
+    """The indexing of one dataset for all cached encoders.
+
+    Attributes:
+        name: What the dataset is for, for messages.
+        dataset: The user's map-style dataset.
+        reader: Takes a sample apart.
+        encoders: The encoders that are cached.
+        targets: Whether to keep targets.
+        number: Of the dataset within the run.
+    """
+
+    name: str
+    dataset: Any
+    reader: Callable[[Any], Any]
+    encoders: Sequence[EncoderFill] = ()
+    targets: bool = False
+    number: int = 0
+    table: DatasetTable | None = None
+    _to_read: list[int] = field(default_factory=list)
+    _targets_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be indexed."""
+        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+            raise ConfigError(
+                f"the {self.name} dataset is a {type(self.dataset).__name__} without length and index, so its rows "
+                "cannot be found again; use a map-style dataset, or return None from configure_caches()."
+            )
+        if len(self.dataset) == 0:
+            raise ConfigError(f"the {self.name} dataset has 0 samples; give it at least one.")
+
+    @property
+    def chunk_reader(self) -> ChunkReader:
+        """Read the dataset in keyed chunks."""
+        return ChunkReader(self.dataset, self.reader, [encoder.scheme for encoder in self.encoders], self.number)
+
+    def plan(self, directory: CacheDirectory | None) -> int:
+        """Find out what is known already.
+
+        Args:
+            directory: Where index tables are kept; None where nothing persists.
+
+        Returns:
+            How many samples must be read.
+
+        Raises:
+            ConfigError: The dataset gives other items each time it is read.
+        """
+        reader = self.chunk_reader
+        by_index = any(encoder.scheme.salt is not None for encoder in self.encoders)
+        self.table = None
+        if directory is not None and not by_index:
+            names = [encoder.name for encoder in self.encoders]
+            self.table = matching_table(self.name, directory.tables(names), reader, self.targets)
+        known = 0 if self.table is None else len(self.table)
+        wanted = np.arange(len(self.dataset)) >= known
+        for encoder in self.encoders if self.table is not None else ():
+            keys = self.table.keys[encoder.name]  # type: ignore[union-attr]
+            missing = encoder.store.missing(keys.reshape(-1, 2)) // keys.shape[1]
+            wanted[missing] = True
+        self._to_read = np.flatnonzero(wanted).tolist()
+        if self._to_read and not by_index and (item := differing_item(reader)) is not None:
+            raise ConfigError(
+                f"item {item} of the {self.name} dataset differs between two reads, and a cache would keep one of them "
+                "for ever; use a fixed transform for it, or return None from configure_caches()."
+            )
+        return len(self._to_read)
+
+    @property
+    def to_read(self) -> int:
+        """Count the samples that must be read."""
+        return len(self._to_read)
+
+    def run(self, batch_size: int, num_workers: int, context: Any, advance: FillProgress) -> None:
+        """Read what must be read, and encode what must be encoded.
+
+        Args:
+            batch_size: Upper bound of items per encoder call.
+            num_workers: Processes that read.
+            context: How they are started, as the user's loader has it.
+            advance: Told after each chunk.
+        """
+        for encoder in self.encoders if self.table is not None else ():
+            known = (len(self.dataset) - len(self._to_read)) * self.table.keys[encoder.name].shape[1]  # type: ignore[union-attr]
+            encoder.counts += Counts(asked=known, hits=known)
+        if not self._to_read:
+            return
+        size = batch_size * WINDOW
+        chunks = [self._to_read[start : start + size] for start in range(0, len(self._to_read), size)]
+        loader = DataLoader(
+            self.chunk_reader,
+            batch_sampler=chunks,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context=context if num_workers else None,
+        )
+        columns = _Columns(len(self.dataset), self.table)
+        for chunk in loader:
+            counts = Counts()
+            for encoder in self.encoders:
+                counts += encoder.fill(chunk, batch_size)
+            columns.put(chunk)
+            advance(len(chunk.indices), counts)
+        self._targets_reason = columns.targets_reason if self.targets else None
+        self.table = columns.table(self.targets)
+
+    def keep(self, directory: CacheDirectory) -> None:
+        """Write the index table, unless its keys are good for this run only."""
+        if self.table is not None and all(encoder.scheme.salt is None for encoder in self.encoders):
+            directory.write_table(self.table)
+
+    @property
+    def targets_reason(self) -> str | None:
+        """Why targets could not be kept although they were to be; None if they could."""
+        return self._targets_reason
+
+    def columns(self) -> CachedColumns:
+        """Resolve keys to row numbers: what the loaders work with."""
+        assert self.table is not None
+        rows = {}
+        for encoder in self.encoders:
+            keys = self.table.keys[encoder.name]
+            numbers = encoder.store.rows_of(keys.reshape(-1, 2))
+            assert (numbers >= 0).all(), f"encoder {encoder.name} lacks rows after its fill"
+            rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))
+        return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
+
+
+class _Columns:
+    """Keys and targets of a dataset, gathered chunk by chunk into arrays of full length."""
+
+    def __init__(self, size: int, known: DatasetTable | None) -> None:
+        self._size = size
+        self._known = known
+        self._keys: dict[str, KeyArray] = {}
+        self._targets: list[torch.Tensor] | None = None
+        self._layout: SampleLayout | None = None
+        self.targets_reason: str | None = None
+        if known is not None:
+            count = min(size, len(known))
+            self._layout = LAYOUTS[known.layout]
+            for name, keys in known.keys.items():
+                self._keys[name] = np.empty((size, *keys.shape[1:]), np.int64)
+                self._keys[name][:count] = keys[:count]
+            if known.targets is not None:
+                self._targets = [torch.empty((size, *column.shape[1:]), dtype=column.dtype) for column in known.targets]
+                for column, old in zip(self._targets, known.targets, strict=True):
+                    column[:count] = old[:count]
+
+    def put(self, chunk: Chunk) -> None:
+        layout = LAYOUTS[chunk.layout]
+        if self._layout is None:
+            self._layout = layout
+        if layout is not self._layout:
+            raise SampleError(
+                f"the dataset mixes {self._layout.name} and {layout.name} samples; let it return one kind of sample."
+            )
+        for name, keys in chunk.keys.items():
+            if name not in self._keys:
+                self._keys[name] = np.empty((self._size, *keys.shape[1:]), np.int64)
+            self._keys[name][chunk.indices] = keys
+        self._put_targets(chunk)
+
+    def _put_targets(self, chunk: Chunk) -> None:
+        if self.targets_reason is not None:
+            return
+        for column in chunk.targets:
+            if not isinstance(column, torch.Tensor):
+                self.targets_reason = f"targets such as {shorten(column[0])} do not make tensors of one shape"
+                return
+        if self._targets is None:
+            self._targets = [torch.empty((self._size, *c.shape[1:]), dtype=c.dtype) for c in chunk.targets]
+        for mine, column in zip(self._targets, chunk.targets, strict=True):
+            if (mine.dtype, mine.shape[1:]) != (column.dtype, column.shape[1:]):
+                self.targets_reason = "targets change their type or shape within the dataset"
+                return
+            mine[chunk.indices] = column
+
+    def table(self, with_targets: bool) -> DatasetTable:
+        assert self._layout is not None
+        kept = with_targets and self.targets_reason is None and self._targets is not None
+        return DatasetTable(self._keys, tuple(self._targets or ()) if kept else None, self._layout.name)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def unkeyable(scheme: KeyScheme, readers: Iterable[ChunkReader]) -> str | None:
+    """Find out whether the items of some dataset have no canonical bytes, by looking at its first ones.
+
+    Args:
+        scheme: How an encoder keys items.
+        readers: The datasets.
+
+    Returns:
+        The error that keying raised; None if all is well, or if the user extracts keys.
+    """
+    if scheme.extractor is not None:
+        return None
+    for reader in readers:
+        try:
+            replace(reader, schemes=[scheme]).__getitems__(range(min(READ_TWICE, len(reader))))
+        except KeyTypeError as error:
+            return str(error)
+    return None

@@ -1,0 +1,202 @@
+"""How the items of a dataset get their keys for one encoder, and the reading of a dataset in chunks.
+
+A chunk is read, taken apart and keyed where the loader of the fill runs it, in a worker if there are any. Row numbers
+are never given out there: only the store hands out rows, so workers cannot disagree about them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from quatcache.data.batches import read_samples
+from quatcache.data.samples import common_layout, target_columns
+from quatcache.encoders.encoder import Encoder
+from quatcache.errors import KeyTypeError, shorten
+from quatcache.keys import KeyArray, KeyExtractor, content_keys, distinct, extracted_keys, index_keys, index_salt
+from quatcache.store import TensorStore
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Chunk", "ChunkReader", "KeyScheme", "SharedKeys"]
+
+
+class Chunk(NamedTuple):
+    """Some samples of a dataset, read and keyed.
+
+    Attributes:
+        indices: Their n indices.
+        items: Their n * k items, sample by sample.
+        targets: Their target columns; a list where the values make no tensor.
+        layout: Name of their layout.
+        keys: For each encoder the keys, int64 ``(n, k, 2)``.
+    """
+
+    indices: Sequence[int]
+    items: list[Any]
+    targets: tuple[Any, ...]
+    layout: str
+    keys: dict[str, KeyArray]
+
+
+@dataclass(frozen=True)
+class KeyScheme:
+    """How one encoder keys items.
+
+    Attributes:
+        name: The encoder's name.
+        content: Narrows an item to what the encoder sees; None: the item itself.
+        extractor: The user's key extractor; None: keys are hashes of the content.
+        salt: Set for items without canonical bytes: keys then stand for indices of one run.
+    """
+
+    name: str
+    content: Callable[[Any], Any] | None = None
+    extractor: KeyExtractor | None = None
+    salt: bytes | None = None
+
+    @classmethod
+    def of(cls, name: str, encoder: Encoder, extractor: KeyExtractor | None) -> KeyScheme:
+        """Give the scheme of an encoder."""
+        narrows = type(encoder).content is not Encoder.content
+        return cls(name, encoder.content if narrows else None, extractor)
+
+    def by_index(self) -> KeyScheme:
+        """Give the fallback for items without canonical bytes."""
+        return replace(self, salt=index_salt())
+
+    def keys(self, items: Sequence[Any], places: npt.NDArray[np.int64]) -> KeyArray:
+        """Key N items.
+
+        Args:
+            items: The items.
+            places: The place of each item in its dataset, for index keys.
+
+        Returns:
+            Keys ``(N, 2)``.
+
+        Raises:
+            KeyTypeError: An item without canonical bytes, or an extractor that returns an unsupported type.
+        """
+        if self.extractor is not None:
+            return extracted_keys([self._extract(item) for item in items])
+        if self.salt is not None:
+            return index_keys(places.tolist(), self.salt)
+        return self.content_keys(items)
+
+    def content_keys(self, items: Sequence[Any]) -> KeyArray:
+        """Hash what the encoder sees of N items."""
+        return content_keys(items if self.content is None else [self.content(item) for item in items])
+
+    def _extract(self, item: Any) -> Any:
+        assert self.extractor is not None
+        try:
+            return self.extractor(item)
+        except Exception as error:
+            raise KeyTypeError(
+                f"the key extractor of encoder {self.name!r} failed on item {shorten(item)} "
+                f"({type(error).__name__}: {error}); correct the extractor or the item."
+            ) from error
+
+
+@dataclass
+class ChunkReader(Dataset[Any]):
+    """A dataset in keyed chunks: given the indices of a chunk, it returns the :class:`Chunk`.
+
+    Attributes:
+        dataset: The user's map-style dataset.
+        reader: Takes a sample apart.
+        schemes: How each encoder keys items.
+        number: Of the dataset within the run; it keeps index keys of several datasets apart.
+    """
+
+    dataset: Any
+    reader: Callable[[Any], Any]
+    schemes: Sequence[KeyScheme]
+    number: int = 0
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Chunk:
+        """Read a chunk of one sample."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Chunk:
+        """Read and key samples.
+
+        Raises:
+            SampleError: A sample of no supported kind, or kinds mixed.
+            KeyTypeError: An item that cannot be keyed.
+        """
+        samples = read_samples(self.dataset, indices, self.reader)
+        layout = common_layout(samples)
+        items = [item for sample in samples for item in sample.items]
+        width = layout.items_per_sample
+        places = np.asarray(indices, np.int64).repeat(width) * width + np.tile(np.arange(width), len(samples))
+        places = places + (self.number << 48)
+        shared: dict[object, KeyArray] = {}
+        keys: dict[str, KeyArray] = {}
+        for scheme in self.schemes:
+            alike = replace(scheme, name="")  # encoders that key alike hash once
+            if alike not in shared:
+                shared[alike] = scheme.keys(items, places)
+            keys[scheme.name] = shared[alike].reshape(len(samples), width, 2)
+        return Chunk(list(indices), items, target_columns(samples), layout.name, keys)
+
+
+class SharedKeys:
+    """Notices items of one extracted key whose content differs: they share one row, which may be what the user wants.
+
+    Args:
+        scheme: A scheme with an extractor.
+    """
+
+    def __init__(self, scheme: KeyScheme) -> None:
+        """Start with no key seen."""
+        self._scheme = scheme
+        self._seen = TensorStore()  # extracted key -> content key of the first item that had it
+        self.conflicts = 0
+        self.example: tuple[str, str] | None = None
+
+    def look(self, chunk: Chunk) -> None:
+        """Compare the items of a chunk with those met before under the same keys."""
+        keys = chunk.keys[self._scheme.name].reshape(-1, 2)
+        try:
+            content = self._scheme.content_keys(chunk.items)
+        except KeyTypeError:  # nothing to compare: the extractor was given for that reason
+            return
+        firsts, which = distinct(keys)
+        fresh = firsts[self._seen.missing(keys[firsts])]
+        self._seen.put_many(keys[fresh], torch.from_numpy(content[fresh]))
+        reference = self._seen.get_many(keys[firsts]).values.numpy()
+        differs = (content != reference[which]).any(axis=1)
+        if self.example is None and differs.any():
+            position = int(np.flatnonzero(differs)[0])
+            same_key = np.flatnonzero((which == which[position]) & ~differs)
+            other = shorten(chunk.items[int(same_key[0])]) if len(same_key) else "an item of an earlier chunk"
+            self.example = (other, shorten(chunk.items[position]))
+        self.conflicts += int(differs.sum())
+
+    def warn(self) -> None:
+        """Tell the user once how many items were affected, and show two of them."""
+        if self.example is None:
+            return
+        first, other = self.example
+        logger.warning(
+            "Encoder %r: %s items have the extracted key of another item but other content, and share its row: %s and %s; "
+            "make the extractor tell them apart if they are not alike.",
+            self._scheme.name,
+            f"{self.conflicts:,}",
+            first,
+            other,
+        )
+        self.conflicts, self.example = 0, None

@@ -1,0 +1,248 @@
+"""The LightningModule that a user subclasses: encoders, a head, a loss, and how to cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from quatcache.data.batches import Batch
+from quatcache.data.samples import ReadSample, read_sample
+from quatcache.encoders import Encoder
+from quatcache.encoders.cached import CachedEncoder
+from quatcache.errors import ModelDefinitionError, shorten
+from quatcache.servable import ServableModel
+from quatcache.training.callback import CacheCallback
+from quatcache.training.config import CacheConfig
+from quatcache.training.encoder_dict import EncoderDict
+from quatcache.training.lightning import Callback, LightningModule
+
+__all__ = ["TrainableModel"]
+
+
+class _Assembled(type(LightningModule)):  # type: ignore[misc]
+    """Builds the parts of a model when its ``__init__`` has run, so that hooks find every attribute it sets."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model._assemble()
+        return model
+
+
+class TrainableModel(LightningModule, metaclass=_Assembled):
+    """A model of encoders and a head, trained with plain Lightning and cached where its encoders are frozen.
+
+    Override :meth:`configure_encoders`, :meth:`configure_head` and :meth:`configure_loss`; return a config from
+    :meth:`configure_caches` to cache. Loaders need nothing but a dataset of samples: the model collates them through its
+    encoders, with or without a cache.
+
+    Attributes:
+        encoders: The encoders by name; a single one is called ``"default"``. Frozen ones stay in eval mode, and their
+            weights are in no state dict.
+        head: What ``configure_head`` returned.
+        loss: What ``configure_loss`` returned.
+        cache_callback: The callback that the model brings along; its ``report`` tells what was cached.
+
+    Example:
+        >>> from quatcache.encoders import ModuleEncoder
+        >>> class Classifier(TrainableModel):
+        ...     def configure_encoders(self):
+        ...         frozen = nn.Linear(8, 4).requires_grad_(False)
+        ...         return ModuleEncoder(frozen, torch.stack, embedding_size=4)
+        ...     def configure_head(self, input_embedding_size):
+        ...         return nn.Linear(input_embedding_size, 3)
+        ...     def configure_loss(self):
+        ...         return nn.CrossEntropyLoss()
+        >>> Classifier().encode([torch.zeros(8), torch.ones(8)]).shape
+        torch.Size([2, 3])
+    """
+
+    encoders: EncoderDict
+    head: nn.Module
+    loss: nn.Module
+
+    def __init__(self) -> None:
+        """Prepare the module; encoders, head and loss are built after the ``__init__`` of the subclass."""
+        super().__init__()
+        self.cache_callback = CacheCallback()
+        self._metrics: list[dict[str, Metric]] = []
+
+    # What a user overrides
+
+    def configure_encoders(self) -> Encoder | Mapping[str, Encoder]:
+        """Return one encoder, or several by name; their rows are concatenated in name order."""
+        raise ModelDefinitionError(
+            f"{type(self).__name__} has no configure_encoders; return an Encoder, or a dict of names to Encoders."
+        )
+
+    def configure_head(self, input_embedding_size: int) -> nn.Module:
+        """Return the part that is trained.
+
+        Args:
+            input_embedding_size: Sum of the embedding sizes of all encoders.
+        """
+        raise ModelDefinitionError(
+            f"{type(self).__name__} has no configure_head; return a torch.nn.Module that takes vectors of size "
+            f"{input_embedding_size}, for instance quatcache.heads.LinearHead({input_embedding_size}, ...)."
+        )
+
+    def configure_loss(self) -> nn.Module:
+        """Return the loss: called as ``loss(embeddings, groups)``, for pairs ``loss(embeddings, pairs, labels, subgroups)``."""
+        raise ModelDefinitionError(
+            f"{type(self).__name__} has no configure_loss; return a torch.nn.Module, for instance "
+            "torch.nn.CrossEntropyLoss() or quatcache.losses.MultipleNegativesRankingLoss()."
+        )
+
+    def configure_caches(self) -> CacheConfig | None:
+        """Return how to cache; None: not at all."""
+        return None
+
+    def configure_metrics(self) -> Mapping[str, Metric]:
+        """Return metrics by name, updated as ``metric(embeddings, *targets)`` and logged for validation and test."""
+        return {}
+
+    def read_sample(self, sample: Any) -> ReadSample:
+        """Take apart what the dataset returned.
+
+        Override it for samples of your own, and end with a call to ``super().read_sample`` or
+        :func:`quatcache.data.read_sample` on a supported kind. It runs in the workers of a loader.
+        """
+        return read_sample(sample)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over what is trainable, with the model's ``lr`` attribute if it has one, else 1e-3."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ModelDefinitionError(
+                f"{type(self).__name__} has no trainable parameter; return a head with parameters, or an encoder with "
+                "trainable = True."
+            )
+        return torch.optim.AdamW(trained, lr=getattr(self, "lr", 1e-3))
+
+    # What Lightning calls
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Bring the cache along, unless the trainer was given a :class:`CacheCallback` by hand."""
+        mine = self.cache_callback
+        given = [callback for callback in self.trainer.callbacks if isinstance(callback, CacheCallback)]  # type: ignore[attr-defined]
+        if any(callback is not mine for callback in given):
+            return []
+        mine.config = self.configure_caches()
+        return [mine]
+
+    def forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Turn the inputs of a batch into embeddings.
+
+        Args:
+            inputs: For each encoder what it collated, or its rows where it is cached.
+
+        Returns:
+            What the head makes of the concatenated rows, ``(B, output size)``.
+        """
+        rows = [encoder(inputs[name]) for name, encoder in sorted(self.encoders.items())]
+        return self.head(rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Compute and log the loss of a batch."""
+        return self._step("train", batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        """Compute and log the loss of a batch, and update the metrics."""
+        return self._step("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        """Compute and log the loss of a batch, and update the metrics."""
+        return self._step("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
+        """Compute the embeddings of a batch."""
+        return self(batch.inputs)  # type: ignore[no-any-return]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")
+
+    # Use without a trainer
+
+    def encode(self, items: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> torch.Tensor:
+        """Embed items with encoders and head.
+
+        Args:
+            items: N items.
+            batch_size: Items per encoder call.
+            show_progress_bar: Show a bar.
+
+        Returns:
+            Embeddings ``(N, output size)``.
+        """
+        return self.servable().encode(items, batch_size=batch_size, show_progress_bar=show_progress_bar)
+
+    def servable(self) -> ServableModel:
+        """Give what serves: the real encoders and the head, shared with this model."""
+        return ServableModel(self.encoders.real(), self.head)
+
+    def save_servable(self, path: str | os.PathLike[str]) -> None:
+        """Write encoders and head as safetensors and JSON; :meth:`ServableModel.load` reads them."""
+        self.servable().save(path)
+
+    # Parts
+
+    def _assemble(self) -> None:
+        encoders = self.configure_encoders()
+        if isinstance(encoders, Encoder):
+            encoders = {"default": encoders}
+        if not isinstance(encoders, Mapping) or not encoders:
+            raise ModelDefinitionError(
+                f"{type(self).__name__}.configure_encoders returned {shorten(encoders)}; return an Encoder, or a dict of "
+                "names to Encoders."
+            )
+        for name, encoder in encoders.items():
+            if not isinstance(encoder, Encoder):
+                raise ModelDefinitionError(
+                    f"configure_encoders returned a {type(encoder).__name__} as encoder {name!r}; wrap it in a "
+                    "ModuleEncoder, or subclass Encoder."
+                )
+            if not encoder.trainable:
+                encoder.eval()
+        self.encoders = EncoderDict(encoders)
+        self.head = self._module("configure_head", sum(encoder.embedding_size for encoder in encoders.values()))
+        self.loss = self._module("configure_loss")
+
+    def _module(self, hook: str, *args: Any) -> nn.Module:
+        module = getattr(self, hook)(*args)
+        if not isinstance(module, nn.Module):
+            raise ModelDefinitionError(
+                f"{type(self).__name__}.{hook} returned {shorten(module)}; return a torch.nn.Module."
+            )
+        return module
+
+    def _step(self, stage: str, batch: Batch, dataloader_idx: int | None = None) -> torch.Tensor:
+        embeddings = self(batch.inputs)
+        loss: torch.Tensor = self.loss(embeddings, *batch.targets)
+        self.log(f"{stage}_loss", loss, batch_size=len(embeddings), prog_bar=True)
+        if dataloader_idx is not None:
+            for metric in self._metrics_of(dataloader_idx).values():
+                metric.update(embeddings.detach(), *batch.targets)
+        return loss
+
+    def _metrics_of(self, dataloader_idx: int) -> dict[str, Metric]:
+        while len(self._metrics) <= dataloader_idx:
+            fresh = {name: metric.clone().to(self.device) for name, metric in self.configure_metrics().items()}
+            self._metrics.append(fresh)
+        return self._metrics[dataloader_idx]
+
+    def _log_metrics(self, stage: str) -> None:
+        for place, metrics in enumerate(self._metrics):
+            suffix = "" if len(self._metrics) == 1 else f"/dataloader_idx_{place}"
+            for name, metric in metrics.items():
+                if metric.update_called:
+                    self.log(f"{stage}_{name}{suffix}", metric.compute(), prog_bar=True)
+                metric.reset()

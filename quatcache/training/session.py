@@ -1,0 +1,301 @@
+"""One run of a trainer with cached encoders: from the fill to the moment everything is as it was.
+
+The session owns what a run needs and nothing of it outlives the run: the stores, the datasets it has indexed, the
+converted loader sources, and the encoders that stand aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from quatcache.data.batches import Batch, CachedColumns
+from quatcache.data.samples import read_sample
+from quatcache.encoders import Encoder, Identity, identify
+from quatcache.encoders.cached import CachedEncoder
+from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.errors import LoaderError, ModelDefinitionError, shorten
+from quatcache.store import CacheDirectory, DiskStore, RowStore, TensorStore
+from quatcache.training.config import CacheConfig, CacheType
+from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
+from quatcache.training.keying import KeyScheme, SharedKeys
+from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
+from quatcache.training.loaders import checked_loader, convert_loader
+from quatcache.training.placement import place_rows
+from quatcache.training.progress import fill_progress
+from quatcache.training.report import CacheReport, EncoderReport
+from quatcache.training.sources import LoaderSources
+
+__all__ = ["CacheSession"]
+
+logger = logging.getLogger(__name__)
+
+
+class CacheSession:
+    """Caches the frozen encoders of a model for one run of a trainer.
+
+    Args:
+        trainer: The trainer, in ``setup`` or later.
+        module: A LightningModule with ``encoders``: a mapping of names to encoders.
+        config: How to cache; None: not at all, the loaders then only collate through the encoders.
+
+    Attributes:
+        report: What was done.
+
+    Raises:
+        ModelDefinitionError: The module has no encoders.
+        ConfigError: The config does not fit the model or the machine.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, config: CacheConfig | None) -> None:
+        """Check everything that can be checked before data is read, and put converting sources in place."""
+        self.report = CacheReport()
+        self._trainer = trainer
+        self._module = module
+        self._config = config or CacheConfig(CacheType.NONE)
+        self._encoders = _encoders_of(module)
+        self._real: dict[str, Encoder] = dict(self._encoders)
+        self._config.check_against({name: encoder.trainable for name, encoder in self._real.items()})
+        self._cached = [
+            name
+            for name, encoder in sorted(self._real.items())
+            if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
+        ]
+        self._directory = CacheDirectory(self._config.save_dir) if self._config.save_dir is not None else None
+        self._fills: dict[str, EncoderFill] = {}
+        self._frozen: dict[str, FrozenEncoder] = {}
+        self._stores: dict[str, RowStore] = {}
+        self._columns: dict[int, CachedColumns] = {}
+        self._kept: list[Any] = []  # datasets stay alive while their ids are keys
+        self._known = 0
+        self._pending: list[tuple[DataLoader[Any], str]] | None = None
+        self.sources = LoaderSources(trainer, self._convert)
+
+    @property
+    def _reader(self) -> Callable[[Any], Any]:
+        return getattr(self._module, "read_sample", read_sample)
+
+    def prepare(self) -> None:
+        """Fill for all loaders of a fit in one pass, and convert them."""
+        if self._cached:
+            self._pending = []
+            self.sources.prepare()  # only collects
+            collected, self._pending = self._pending, None
+            self._index(collected)
+        self.sources.prepare()
+
+    def _convert(self, loader: Any, name: str) -> Any:
+        """Give the loader that takes the place of one of the user's."""
+        checked = checked_loader(loader, name)
+        if self._pending is not None:
+            self._pending.append((checked, name))
+            return loader
+        columns = None
+        if self._cached:
+            self._index([(checked, name)])
+            columns = self._columns[id(checked.dataset)]
+        collates = {name: encoder.collate_fn() for name, encoder in self._real.items() if name not in self._cached}
+        return convert_loader(checked, collates, self._reader, columns, self._gather if self._cached else None)
+
+    def _gather(self, batch: Batch) -> Batch:
+        inputs = dict(batch.inputs)
+        for name, store in self._stores.items():
+            inputs[name] = store.gather(inputs[name])
+        return Batch(inputs, batch.targets)
+
+    def _index(self, loaders: list[tuple[DataLoader[Any], str]]) -> None:
+        """Index the datasets that are not yet, encode what is missing, and put the rows where training wants them."""
+        fresh: dict[int, tuple[DataLoader[Any], str]] = {}
+        for loader, name in loaders:
+            if isinstance(loader.dataset, IterableDataset):
+                raise LoaderError(
+                    f"the {name} loader reads an IterableDataset ({type(loader.dataset).__name__}), which has no index to "
+                    "find rows by; use a map-style dataset, or return None from configure_caches()."
+                )
+            if id(loader.dataset) not in self._columns:
+                fresh.setdefault(id(loader.dataset), (loader, name))
+        if not fresh:
+            return
+        started = time.monotonic()
+        with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
+            fills = self._fill(fresh)
+        for encoder in self._fills.values():
+            store, tier = place_rows(
+                encoder.name, encoder.store, self._config.tier_of(encoder.name), self._module.device
+            )
+            self._stores[encoder.name] = store
+            self._note(encoder, tier)
+        self._columns.update({key: fill.columns() for key, fill in fills.items()})
+        self._swap()
+        self.report.fill_seconds += time.monotonic() - started
+        logger.info(self.report.line())
+
+    def _fill(self, fresh: dict[int, tuple[DataLoader[Any], str]]) -> dict[int, DatasetFill]:
+        fills = {}
+        for key, (loader, name) in fresh.items():
+            fills[key] = DatasetFill(name, loader.dataset, self._reader, number=self._known)
+            self._kept.append(loader.dataset)
+            self._known += 1
+        if not self._fills:
+            self._open(list(fills.values()))
+        for fill in fills.values():
+            fill.encoders, fill.targets = tuple(self._fills.values()), self.report.labels
+        context = next(iter(fresh.values()))[0].multiprocessing_context
+        if not self._plan(fills) or self._directory is None:
+            self._run(fills, context)
+            return fills
+        with self._directory.filling():
+            stores = [encoder.store for encoder in self._fills.values() if isinstance(encoder.store, DiskStore)]
+            if any([store.refresh() for store in stores]):  # another process filled while this one waited
+                self._plan(fills)
+            try:
+                self._run(fills, context)
+            finally:  # what was encoded before an error or Ctrl-C is kept
+                for store in stores:
+                    store.flush()
+            for fill in fills.values():
+                fill.keep(self._directory)
+        return fills
+
+    def _plan(self, fills: Mapping[int, DatasetFill]) -> int:
+        return sum(fill.plan(self._directory) for fill in fills.values())
+
+    def _run(self, fills: Mapping[int, DatasetFill], context: Any) -> None:
+        total = sum(fill.to_read for fill in fills.values())
+        shown = total > 0 and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
+        with fill_progress(total, shown) as advance:
+            for fill in fills.values():
+                fill.run(self._config.batch_size, self._config.num_workers or 0, context, advance)
+        self.report.read += total
+        for fill in fills.values():
+            if fill.targets_reason is not None:
+                self.report.labels, self.report.labels_reason = False, fill.targets_reason
+        for encoder in self._fills.values():
+            if encoder.shared is not None:
+                encoder.shared.warn()
+
+    def _open(self, fills: list[DatasetFill]) -> None:
+        """Open a store for every encoder to be cached, and decide on labels."""
+        self.report.labels, self.report.labels_reason = self._decide_labels()
+        items = sum(len(fill.dataset) for fill in fills)
+        for name in self._cached:
+            encoder = self._real[name]
+            scheme = KeyScheme.of(name, encoder, self._config.extractor_of(name))
+            reason = unkeyable(scheme, [fill.chunk_reader for fill in fills])
+            if reason is not None:
+                scheme = scheme.by_index()
+                logger.warning(
+                    "Encoder %r: %s Until then rows are found by index: for this run only, duplicates encoded each.",
+                    name,
+                    reason,
+                )
+            store: RowStore
+            if self._directory is None or reason is not None:
+                store = TensorStore(dtype=self._config.dtype, capacity=items)
+            else:
+                store = self._open_disk(name, encoder)
+            self._fills[name] = EncoderFill(
+                name,
+                scheme,
+                store,
+                partial(self._frozen_encoder, name),
+                encoder.length,
+                shared=None if scheme.extractor is None else SharedKeys(scheme),
+            )
+
+    def _open_disk(self, name: str, encoder: Encoder) -> DiskStore:
+        assert self._directory is not None
+        precision = str(self._trainer.precision)
+        identity = identify(encoder, autocast=precision if "mixed" in precision else None)
+        store = self._directory.store(identity.digest, identity.facts, self._config.dtype)
+        if not len(store):
+            self._explain(name, identity)
+        return store
+
+    def _explain(self, name: str, identity: Identity) -> None:
+        """Say how an encoder without rows differs from the one that comes closest to it."""
+        assert self._directory is not None
+        others = [Identity.of(manifest.facts) for manifest in self._directory.manifests()]
+        differences = [other.differences(identity) for other in others if other.digest != identity.digest]
+        if differences:
+            logger.info(
+                "Encoder %r has no rows in %s; the closest one there differs: %s.",
+                name,
+                self._directory.path,
+                "; ".join(min(differences, key=len)),
+            )
+
+    def _frozen_encoder(self, name: str) -> FrozenEncoder:
+        """Make the real encoder ready, the first time that an item must be encoded."""
+        if name not in self._frozen:
+            strategy, device = self._trainer.strategy, self._module.device
+            self._frozen[name] = FrozenEncoder(
+                name,
+                self._real[name],
+                place=lambda inputs: strategy.batch_to_device(inputs, device),
+                context=self._trainer.precision_plugin.forward_context,
+            )
+        return self._frozen[name]
+
+    def _decide_labels(self) -> tuple[bool, str]:
+        config = self._config
+        others = [name for name in sorted(self._real) if name not in self._cached]
+        if config.labels is False:
+            return False, "labels=False"
+        if others:
+            return False, f"encoder {others[0]!r} is not cached, so the dataset is read anyway"
+        if config.labels is True:
+            return True, "labels=True"
+        if any(config.extractor_of(name) is not None for name in self._cached):
+            return False, "keys come from key_extractors (labels=True caches them all the same)"
+        if config.num_workers:
+            return False, f"the fill has {config.num_workers} workers (labels=True caches them all the same)"
+        return True, "every encoder is cached, keys are the default ones and the fill is single-process"
+
+    def _note(self, encoder: EncoderFill, tier: CacheType) -> None:
+        counts, store = encoder.counts, encoder.store
+        self.report.encoders[encoder.name] = EncoderReport(
+            encoder.name,
+            tier.name,
+            len(store),
+            store.nbytes,
+            counts.asked,
+            counts.computed,
+            counts.hits,
+            counts.duplicates,
+            str(store.directory) if isinstance(store, DiskStore) else None,
+        )
+
+    def _swap(self) -> None:
+        for name in self._cached:
+            if not isinstance(self._encoders[name], CachedEncoder):
+                self._encoders[name] = CachedEncoder(self._real[name])
+
+    def restore(self) -> None:
+        """Put encoders and loader sources back, on the device where the module is now."""
+        self.sources.restore()
+        for name in self._cached:
+            if isinstance(self._encoders[name], CachedEncoder):
+                self._encoders[name] = self._real[name].to(self._module.device)
+
+
+def _encoders_of(module: LightningModule) -> MutableMapping[str, Any]:
+    encoders = getattr(module, "encoders", None)
+    if not isinstance(encoders, nn.ModuleDict | MutableMapping) or not len(encoders):
+        raise ModelDefinitionError(
+            f"{type(module).__name__}.encoders is {shorten(encoders)}; make it a torch.nn.ModuleDict of encoder names to "
+            "Encoder objects."
+        )
+    for name, encoder in encoders.items():
+        if not isinstance(encoder, Encoder):
+            raise ModelDefinitionError(
+                f"encoder {name!r} of {type(module).__name__} is a {type(encoder).__name__}; wrap it in a ModuleEncoder, "
+                "or subclass Encoder."
+            )
+    return encoders  # type: ignore[return-value]

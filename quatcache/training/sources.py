@@ -1,0 +1,115 @@
+"""Where a trainer's loops get their loaders from: the one module that knows Lightning's private names.
+
+Each loop holds a source, whose ``dataloader()`` Lightning calls once a run, or again and again with
+``reload_dataloaders_every_n_epochs``. Replacing the source rather than a loader serves every kind of loader (passed to
+``fit``, from hooks, from a datamodule, lists, dicts, combined) and every reload, and it is undone by putting the old
+source back: nothing of the user's is modified.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from quatcache.training.lightning import CombinedLoader, Trainer
+
+__all__ = ["LoaderSources"]
+
+Convert = Callable[[Any, str], Any]
+"""From one of the user's loaders, and what it is for (``"train"``, ``"val 1"``), to the loader that takes its place."""
+
+
+class _ConvertedSource:
+    """A source whose loaders are converted on their way to a loop."""
+
+    def __init__(self, source: Any, stage: str, mode: str, convert: Convert) -> None:
+        self.source = source
+        self._stage = stage
+        self._mode = mode
+        self._convert = convert
+        self._ready: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name  # type: ignore[no-any-return]
+
+    @property
+    def instance(self) -> Any:
+        return self.source.instance
+
+    @instance.setter
+    def instance(self, value: Any) -> None:  # a trainer sets it at the start of the next run
+        self.source.instance = value
+        self._ready = None
+
+    def is_defined(self) -> bool:
+        return self.source.is_defined()  # type: ignore[no-any-return]
+
+    def is_module(self) -> bool:
+        return self.source.is_module()  # type: ignore[no-any-return]
+
+    def prepare(self) -> None:
+        """Convert now what the loop will ask for first."""
+        self._ready = self._converted()
+
+    def dataloader(self) -> Any:
+        ready, self._ready = self._ready, None
+        return self._converted() if ready is None else ready
+
+    def _converted(self) -> Any:
+        loaders = self.source.dataloader()
+        combined = (
+            copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)
+        )
+        flat = combined.flattened
+        names = [self._stage] if len(flat) == 1 else [f"{self._stage} {place}" for place in range(len(flat))]
+        combined.flattened = [self._convert(loader, name) for loader, name in zip(flat, names, strict=True)]
+        return combined
+
+
+class LoaderSources:
+    """The loader sources of one trainer run, converted until :meth:`restore`.
+
+    Args:
+        trainer: A trainer in ``setup`` or ``on_fit_start``.
+        convert: Called for each loader.
+    """
+
+    def __init__(self, trainer: Trainer, convert: Convert) -> None:
+        """Put converting sources in place; no loader is asked for yet."""
+        self._replaced: list[tuple[Any, Any]] = []
+        self._trainer = trainer
+        fit = trainer.fit_loop
+        if trainer.state.fn == "fit":
+            self._replace(fit, "train", "max_size_cycle", convert)
+            self._replace(fit.epoch_loop.val_loop, "val", "sequential", convert)
+        elif trainer.state.fn == "validate":
+            self._replace(trainer.validate_loop, "val", "sequential", convert)
+        elif trainer.state.fn == "test":
+            self._replace(trainer.test_loop, "test", "sequential", convert)
+        elif trainer.state.fn == "predict":
+            self._replace(trainer.predict_loop, "predict", "sequential", convert)
+
+    def _replace(self, loop: Any, stage: str, mode: str, convert: Convert) -> None:
+        source = loop._data_source
+        if isinstance(source, _ConvertedSource):  # left over from a run that was cut off
+            source = source.source
+        converted = _ConvertedSource(source, stage, mode, convert)
+        loop._data_source = converted
+        self._replaced.append((loop, converted))
+
+    def prepare(self) -> None:
+        """Convert what the fit will ask for: the train loaders, and the validation loaders if they are used."""
+        for loop, source in self._replaced:
+            used = self._trainer.limit_train_batches if loop is self._trainer.fit_loop else self._trainer.limit_val_batches
+            if used != 0 and source.is_defined():
+                source.prepare()
+
+    def restore(self) -> None:
+        """Put the user's sources back; the loops forget the loaders they made of them."""
+        for loop, converted in self._replaced:
+            if loop._data_source is converted:
+                loop._data_source = converted.source
+            loop._combined_loader = None
+        self._replaced.clear()

@@ -1,0 +1,129 @@
+"""Does an index table still describe a dataset, and does the dataset give the same items each time?
+
+Nothing in a dataset says whether it changed. So some of its items are read and compared: at least :data:`SAMPLED` of
+them, and as many more as half a second allows, which for texts in memory means all of them. Targets are compared too.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from quatcache.errors import KeyTypeError
+from quatcache.store import DatasetTable
+from quatcache.training.keying import Chunk, ChunkReader
+
+__all__ = ["SAMPLED", "differing_item", "matching_table"]
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 64
+READ_TWICE = 8
+SECONDS = 0.5
+
+
+def matching_table(
+    name: str,
+    tables: Iterable[DatasetTable],
+    reader: ChunkReader,
+    with_targets: bool,
+    *,
+    seconds: float = SECONDS,
+    time_func: Callable[[], float] = time.monotonic,
+) -> DatasetTable | None:
+    """Find the table of a dataset, or of the part of it that was there before it grew.
+
+    Args:
+        name: What the dataset is for, for the log.
+        tables: Candidates.
+        reader: The dataset.
+        with_targets: Whether a table without targets is of no use.
+        seconds: Time after which no more items are compared, once :data:`SAMPLED` were.
+        time_func: Clock in seconds.
+
+    Returns:
+        A table of at most the dataset's length, whose compared items all agree; None if there is none.
+    """
+    size = len(reader)
+    usable = [table for table in tables if len(table) and (table.targets is not None or not with_targets)]
+    for table in sorted(usable, key=lambda table: (len(table) != size, len(table) > size, -len(table))):
+        cut = table.head(size)
+        compared = _agreeing(cut, reader, seconds, time_func)
+        if compared:
+            logger.info(
+                "The %s dataset is known: %s of its %s items were compared with its index table.",
+                name, f"{compared:,}", f"{size:,}",
+            )  # fmt: skip
+            return cut
+    if usable:
+        logger.info("The %s dataset is new, or was edited or reordered: it is read again.", name)
+    return None
+
+
+def _agreeing(table: DatasetTable, reader: ChunkReader, seconds: float, time_func: Callable[[], float]) -> int:
+    """Count the compared items; 0 as soon as one differs."""
+    deadline = time_func() + seconds
+    compared = 0
+    for indices in _random_batches(len(table)):
+        try:
+            chunk = reader.__getitems__(indices)
+        except KeyTypeError:
+            return 0
+        if not _agrees(table, chunk):
+            return 0
+        compared += len(indices)
+        if time_func() >= deadline:
+            break
+    return compared
+
+
+def _random_batches(size: int) -> Iterator[list[int]]:
+    """Give distinct indices in random order, the first batch with both ends; always the same for one size."""
+    generator = np.random.default_rng(size)
+    order = generator.permutation(size) if size <= 1 << 16 else np.unique(generator.integers(0, size, 1 << 16))
+    ends = np.array(sorted({0, size - 1}))
+    generator.shuffle(order)
+    order = np.concatenate([ends, order[(order != 0) & (order != size - 1)]])
+    start, step = 0, SAMPLED
+    while start < len(order):
+        yield order[start : start + step].tolist()
+        start, step = start + step, 1024
+
+
+def _agrees(table: DatasetTable, chunk: Chunk) -> bool:
+    if chunk.layout != table.layout:
+        return False
+    for name, keys in chunk.keys.items():
+        if not np.array_equal(table.keys[name][chunk.indices], keys):
+            return False
+    if table.targets is None:
+        return True
+    if len(table.targets) != len(chunk.targets):
+        return False
+    where = torch.as_tensor(chunk.indices)
+    for known, column in zip(table.targets, chunk.targets, strict=True):
+        if not isinstance(column, torch.Tensor) or column.dtype != known.dtype:
+            return False
+        if not torch.equal(known[where], column):
+            return False
+    return True
+
+
+def differing_item(reader: ChunkReader) -> int | None:
+    """Read some items twice.
+
+    Returns:
+        The index of an item whose keys differ between the two reads; None if they all agree.
+    """
+    size = len(reader)
+    indices = sorted(set(np.linspace(0, size - 1, min(size, READ_TWICE)).astype(int).tolist()))
+    first, second = reader.__getitems__(indices), reader.__getitems__(indices)
+    for name, keys in first.keys.items():
+        differs = (keys != second.keys[name]).reshape(len(indices), -1).any(axis=1)
+        if differs.any():
+            return indices[int(np.flatnonzero(differs)[0])]
+    return None

@@ -1,0 +1,145 @@
+"""The command line: Lightning's own, with the model, the data and the cache chosen in a YAML file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quatcache import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def jsonargparse():
+    return pytest.importorskip("jsonargparse")
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """A run leaves its files in the current folder; and LightningCLI reads sys.argv beside what it is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quatcache"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+
+
+def test_unknown_command_is_refused_and_the_known_ones_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["traine"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "traine" in err
+    assert "fit" in err
+
+
+def test_missing_jsonargparse_names_the_extra(monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "jsonargparse" else real(name))
+    assert cli.main(["fit", "--config", "any.yaml"]) == 1
+    assert "pip install 'quatcache[cli]'" in capsys.readouterr().err
+
+
+def test_config_of_the_repository_is_complete_and_the_command_line_overrides_the_cache(jsonargparse, in_folder, capsys):
+    config = str(ROOT / "configs" / "icd10.yaml")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", config, "--model.init_args.cache.batch_size", "128", "--print_config"])
+    assert stop.value.code == 0
+    import yaml
+
+    printed = yaml.safe_load(capsys.readouterr().out)
+    cache = printed["model"]["init_args"]["cache"]
+    assert cache["batch_size"] == 128
+    assert cache["save_dir"] == "cache"
+    assert printed["model"]["class_path"] == "quatcache.demo.model.DiagnosisClassifier"
+
+
+def test_unknown_cache_field_is_refused_by_name(jsonargparse, in_folder, capsys):
+    config = str(ROOT / "configs" / "icd10.yaml")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", config, "--model.init_args.cache.batchsize", "128"])
+    assert stop.value.code == 2
+    assert "batchsize" in capsys.readouterr().err
+
+
+def test_cache_setting_that_cannot_work_is_one_sentence(jsonargparse, in_folder, capsys):
+    config = str(ROOT / "configs" / "icd10.yaml")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config", config, "--model.init_args.cache.batch_size", "0"])
+    assert stop.value.code != 0
+    assert "batch_size" in capsys.readouterr().err
+
+
+MODEL_BESIDE_THE_YAML = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from quatcache import CacheConfig, CacheType, Encoder, TrainableModel
+from quatcache.training.lightning import LightningDataModule
+
+CALLS = []
+
+class Numbers(Encoder):
+    trainable = False
+    embedding_size = 4
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(40.0).reshape(10, 4)
+    def collate(self, items):
+        return torch.tensor(items)
+    def forward(self, inputs):
+        CALLS.extend(inputs.tolist())
+        return self.table[inputs]
+
+class Tiny(TrainableModel):
+    def __init__(self, lr: float = 0.1, cache: CacheConfig | None = None):
+        super().__init__()
+        self.lr, self.cache = lr, cache
+    def configure_encoders(self):
+        return Numbers()
+    def configure_head(self, input_embedding_size):
+        return nn.Linear(input_embedding_size, 2)
+    def configure_loss(self):
+        return nn.CrossEntropyLoss()
+    def configure_caches(self):
+        return self.cache
+
+class Parity(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([(i, i % 2) for i in range(10)], batch_size=5)
+    def val_dataloader(self):
+        return DataLoader([(i, i % 2) for i in range(10)], batch_size=5)
+"""
+
+TINY_CONFIG = {
+    "trainer": {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+    "model": {
+        "class_path": "tiny_model_beside.Tiny",
+        "init_args": {"cache": {"cache_type": "CPU", "save_dir": "rows"}},
+    },
+    "data": {"class_path": "tiny_model_beside.Parity"},
+}
+
+
+def test_model_that_lies_beside_the_yaml_trains_and_its_second_run_encodes_nothing(jsonargparse, in_folder):
+    (in_folder / "tiny_model_beside.py").write_text(MODEL_BESIDE_THE_YAML, encoding="utf-8")
+    (in_folder / "tiny.yaml").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")  # JSON is YAML
+    assert cli.main(["fit", "--config", "tiny.yaml"]) == 0
+    calls = sys.modules["tiny_model_beside"].CALLS
+    assert set(calls) == set(range(10))
+    calls.clear()
+    assert cli.main(["fit", "--config", "tiny.yaml"]) == 0
+    assert calls == []
+    sys.modules.pop("tiny_model_beside")
