@@ -1,4 +1,4 @@
-"""One training epoch on precomputed rows, written five ways.
+"""One training epoch on precomputed rows, written in several ways.
 
 Every contender trains the same head with the same optimizer on the same batches; what differs is who brings the rows:
 
@@ -7,7 +7,8 @@ Every contender trains the same head with the same optimizer on the same batches
   ``batch_size=None`` and one gather, nothing logged;
 * ``lean-logged``: the same with ``self.log`` of the loss;
 * ``tensor-dataset``: what most people write: ``TensorDataset`` in a ``DataLoader`` under Lightning;
-* ``quatcache``: an encoder behind a cache, as a user writes it, filled before the first epoch.
+* ``quatcache``: an encoder behind a cache, as a user writes it, filled before the first epoch; it logs its loss;
+* ``quatcache-unlogged``: the same with a ``training_step`` that logs nothing, to stand beside ``lean``.
 
 An epoch lasts from the end of the one before to its own end, so that the making of iterators, shuffling and the
 epoch's hooks count. The first epoch warms up and is not reported.
@@ -275,9 +276,9 @@ class RowEncoder(Encoder):
 class CachedHead(TrainableModel):
     """The same head behind a cached encoder."""
 
-    def __init__(self, shape: Shape, data: Data, losses: list[Tensor] | None) -> None:
+    def __init__(self, shape: Shape, data: Data, logged: bool, losses: list[Tensor] | None) -> None:
         super().__init__()
-        self.shape, self.data, self.kept = shape, data, losses
+        self.shape, self.data, self.logged, self.kept = shape, data, logged, losses
         self.lr = LEARNING_RATE
 
     def configure_encoders(self) -> Encoder:
@@ -297,14 +298,17 @@ class CachedHead(TrainableModel):
         return CacheConfig(CacheType.CPU, batch_size=4096)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Train as the framework does, and keep the loss where the check asks for it."""
-        loss: Tensor = super().training_step(batch, batch_idx)
+        """Train as the framework does, or log nothing; and keep the loss where the check asks for it."""
+        if self.logged:
+            loss: Tensor = super().training_step(batch, batch_idx)
+        else:
+            loss = self.loss(self(batch.inputs), *batch.targets)
         if self.kept is not None:
             self.kept.append(loss.detach())
         return loss
 
 
-def run_quatcache(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
+def run_quatcache(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool, logged: bool = True) -> Run:
     """Train the cached model with a plain shuffling ``DataLoader`` over ``(item, label)``."""
     result = Run()
     loader: DataLoader[Any] = DataLoader(
@@ -313,8 +317,14 @@ def run_quatcache(shape: Shape, data: Data, epochs: int, order: Order, keep_loss
         shuffle=True,
         generator=torch.Generator().manual_seed(SEED),
     )
-    result.epoch_seconds = fit(CachedHead(shape, data, result.losses if keep_losses else None), loader, epochs)
+    model = CachedHead(shape, data, logged, result.losses if keep_losses else None)
+    result.epoch_seconds = fit(model, loader, epochs)
     return result
+
+
+def run_quatcache_unlogged(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
+    """Train like ``quatcache`` and log nothing."""
+    return run_quatcache(shape, data, epochs, order, keep_losses, logged=False)
 
 
 CONTENDERS: dict[str, Callable[[Shape, Data, int, Order, bool], Run]] = {
@@ -323,6 +333,7 @@ CONTENDERS: dict[str, Callable[[Shape, Data, int, Order, bool], Run]] = {
     "lean-logged": run_lean_logged,
     "tensor-dataset": run_tensor_dataset,
     "quatcache": run_quatcache,
+    "quatcache-unlogged": run_quatcache_unlogged,
 }
 
 

@@ -3,9 +3,7 @@
 ``fit`` and ``validate`` are Lightning's own command line, with the model and the data chosen by class path in the YAML.
 Cache settings are arguments of the model, so the command line overrides them like any other:
 ``--model.init_args.cache.batch_size 128``. Other groups of commands get their own entry in ``COMMANDS``.
-
-Lightning's automatic ``--optimizer`` is switched off: it wants the model's parameters when the model is built, while a
-``TrainableModel`` builds encoders and head when its fit begins. A learning rate is an argument of the model instead.
+``--optimizer SGD --optimizer.lr 0.1`` takes the place of the optimizer that the model configures.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 
+from quatcache import __version__
 from quatcache.errors import MissingDependencyError, QuatcacheError
 
 __all__ = ["COMMANDS", "main"]
@@ -57,7 +55,6 @@ def lightning_command(arguments: Sequence[str] | None) -> int:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "quatcache"},
         args=None if arguments is None else list(arguments),
@@ -91,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="\n".join(["commands:", *(f"  {name:10} {text}" for name, (text, _) in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"quatcache {version('quatcache')}")
+    parser.add_argument("--version", action="version", version=f"quatcache {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; --help after it tells more")
     # The command alone is parsed here: what follows belongs to it.
     chosen = parser.parse_args(given[:1])

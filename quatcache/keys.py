@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import struct
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,16 @@ from xxhash import xxh3_128_digest
 
 from quatcache.errors import KeyTypeError, shorten
 
-__all__ = ["KeyArray", "KeyExtractor", "KeyIndex", "content_keys", "distinct", "extracted_keys", "index_keys", "index_salt"]
+__all__ = [
+    "KeyArray",
+    "KeyExtractor",
+    "KeyIndex",
+    "content_keys",
+    "distinct",
+    "extracted_keys",
+    "index_keys",
+    "index_salt",
+]
 
 KeyArray = npt.NDArray[np.int64]
 """Keys of N items: shape ``(N, 2)``, int64, C order."""
@@ -102,7 +112,8 @@ def index_salt() -> bytes:
 
 
 def _as_array(digests: Iterable[bytes]) -> KeyArray:
-    return np.frombuffer(b"".join(digests), dtype="<i8").reshape(-1, 2).astype(np.int64, copy=False)
+    read_only = np.frombuffer(b"".join(digests), dtype="<i8").reshape(-1, 2)
+    return read_only.astype(np.int64)  # a copy: torch warns of arrays that cannot be written
 
 
 def _encode(text: str) -> bytes:
@@ -113,7 +124,13 @@ def _content_digest(item: Any) -> bytes:
     if isinstance(item, str):  # the same bytes as the fast path: a str among other items keeps its key
         return xxh3_128_digest(_TEXT + _encode(item))
     parts: list[bytes] = [_CONTENT]
-    _write(parts, item)
+    try:
+        _write(parts, item)
+    except RecursionError:
+        raise KeyTypeError(
+            f"an item is a {type(item).__name__} nested too deeply, or within itself, so it has no canonical bytes; "
+            f"give CacheConfig(key_extractors=...) a function that returns {_PLAIN_KEY_TYPES}."
+        ) from None
     return xxh3_128_digest(b"".join(parts))
 
 
@@ -132,7 +149,7 @@ def _write_plain(parts: list[bytes], item: Any) -> bool:
     elif isinstance(item, bytes | bytearray | memoryview):
         parts.append(_sized(b"B", bytes(item)))
     elif isinstance(item, int):
-        parts.append(_sized(b"I", str(int(item)).encode()))
+        parts.append(_sized(b"I", f"{int(item):x}".encode()))  # str refuses more than 4,300 digits
     elif isinstance(item, float):
         parts.append(b"D" + struct.pack("<d", item))
     else:
@@ -182,8 +199,7 @@ def _write(parts: list[bytes], item: Any) -> None:
         fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
         _write_mapping(parts, _sized(b"C", _encode(type(item).__qualname__)), fields)
     elif _is_image(item):
-        palette = item.getpalette() if item.mode in {"P", "PA"} else None
-        head = f"{item.mode} {item.size[0]} {item.size[1]} {palette}"
+        head = f"{item.mode} {item.size[0]} {item.size[1]} {_image_extras(item)}"
         parts.append(_sized(b"P", head.encode()) + item.tobytes())
     else:
         raise KeyTypeError(
@@ -208,19 +224,30 @@ def _write_array(parts: list[bytes], array: npt.NDArray[Any]) -> None:
         raise KeyTypeError(
             f"an item holds an array of dtype {array.dtype}, which has no canonical bytes; use a numeric dtype."
         )
-    head = f"{array.dtype.str} {array.shape}"
+    dtype = array.dtype.descr if array.dtype.names else array.dtype.str  # the str of a record hides its fields
+    head = f"{dtype} {array.shape}"
     parts.append(_sized(b"", head.encode()) + array.tobytes())
 
 
 def _write_tensor(parts: list[bytes], tensor: torch.Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous()
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise KeyTypeError(f"an item holds a {kind} tensor, which has no canonical bytes; make it a dense tensor.")
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     head = f"{plain.dtype} {tuple(plain.shape)}"
-    parts.append(_sized(b"", head.encode()) + plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    flat = plain.as_strided((plain.numel(),), (1,))  # a single element may be contiguous with any stride
+    parts.append(_sized(b"", head.encode()) + flat.view(torch.uint8).numpy().tobytes())
 
 
 def _is_image(item: Any) -> bool:
-    # by name, so that Pillow is asked for only by those who use it
-    return type(item).__module__.startswith("PIL.") and hasattr(item, "tobytes") and hasattr(item, "mode")
+    pillow = sys.modules.get("PIL.Image")  # who has an image has imported Pillow; nobody else needs to
+    return pillow is not None and isinstance(item, pillow.Image)
+
+
+def _image_extras(image: Any) -> tuple[Any, ...]:
+    """Give what decides the look of an image beside its pixels: palette, transparent colour, orientation."""
+    palette = image.palette.mode if image.palette else None, image.getpalette(None)
+    return *palette, image.info.get("transparency"), image.getexif().get(0x0112)
 
 
 def distinct(keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -265,7 +292,9 @@ class _Segment:
     def of(cls, keys: KeyArray, rows: npt.NDArray[np.int64]) -> _Segment:
         order = np.argsort(keys[:, 0], kind="stable")
         return cls(
-            np.ascontiguousarray(keys[order, 0]), np.ascontiguousarray(keys[order, 1]), np.ascontiguousarray(rows[order])
+            np.ascontiguousarray(keys[order, 0]),
+            np.ascontiguousarray(keys[order, 1]),
+            np.ascontiguousarray(rows[order]),
         )
 
     def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:

@@ -24,17 +24,16 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     For pair *i* the loss is the cross-entropy of picking ``b_i`` for ``a_i`` among all candidates ``b_j``, with
     ``scale * similarity(a_i, b_j)`` as logits; the result is the mean over the positive pairs. Also known as InfoNCE
-    (https://arxiv.org/abs/1705.00652); with the default arguments, equal subgroups and positive labels it is the
+    (https://arxiv.org/abs/1705.00652); with the default arguments and positive labels it is the
     ``MultipleNegativesRankingLoss`` of sentence-transformers and of quaterion.
 
     A pair is positive when its label is above 0. The other pairs are not averaged over, yet their items stay among
     the candidates: a pair labelled 0 is a hard negative. In a batch without any positive pair the loss is 0, with a
     gradient of 0.
 
-    The subgroups decide which candidates count as negatives. A positive pair's own item always stays a candidate.
-    Under one subgroup for all pairs, which is the default of a ``SimilarityPairSample``, "same_subgroup" and "all"
-    agree. Note the difference in direction: quaterion's loss of this name ignores subgroups ("all"), while its other
-    pair losses draw negatives from outside an item's subgroup ("other_subgroups").
+    Subgroups can decide which candidates count as negatives; a positive pair's own item always stays a candidate. The
+    default ignores them, as quaterion's loss of this name does. Its other pair losses draw negatives from outside an
+    item's subgroup ("other_subgroups").
 
     The same text in two pairs of a batch is its own false negative; avoid such batches with a batch sampler.
 
@@ -42,9 +41,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         scale: Factor on the similarities (the inverse of a temperature), above 0. None: 20 for "cosine", 1 for "dot".
         symmetric: Whether picking ``a_i`` for ``b_i`` counts too; the loss is then the mean of both directions.
         similarity: "cosine" or "dot".
-        negatives: "same_subgroup": items of another subgroup are no negatives (separate topics, languages, shops).
-            "other_subgroups": items of the same subgroup are no negatives (several right answers to one question).
-            "all": every other pair of the batch.
+        negatives: "all": every other pair of the batch. "same_subgroup": items of another subgroup are no negatives
+            (separate topics, languages, shops). "other_subgroups": items of the same subgroup are no negatives (several
+            right answers to one question).
 
     Raises:
         ConfigError: If an argument is out of its range.
@@ -66,7 +65,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         scale: float | None = None,
         symmetric: bool = False,
         similarity: Literal["cosine", "dot"] = "cosine",
-        negatives: Literal["same_subgroup", "other_subgroups", "all"] = "same_subgroup",
+        negatives: Literal["same_subgroup", "other_subgroups", "all"] = "all",
     ) -> None:
         super().__init__()
         if similarity not in _SCALES:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from quatcache.errors import BatchLengthError
+from quatcache.errors import BatchLengthError, ConfigError
 from quatcache.keys import KeyArray, distinct
 from quatcache.store.protocol import Found, Positions, Store
 
@@ -78,6 +78,7 @@ def read_through(
 
     Raises:
         BatchLengthError: ``compute`` returned another number of values than positions; nothing of it is stored.
+        ConfigError: ``batches`` is less than 1, or a function that leaves positions out or repeats them.
 
     Example:
         >>> from quatcache.store import MemoryStore
@@ -132,20 +133,37 @@ def _compute(
     batches: int | Batching | None,
 ) -> Iterator[Found]:
     """Compute each batch of distinct misses and store it before the next one starts."""
+    times = np.zeros(len(keys), np.int64)
     for number, positions in enumerate(_split(firsts, batches), start=1):
         values = compute(positions)
-        if not hasattr(values, "__len__") or len(values) != len(positions):
-            got = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
+        length = _length(values)
+        if length != len(positions):
+            got = f"a {type(values).__name__}" if length is None else f"{length} values"
             raise BatchLengthError(
                 f"compute returned {got} for {len(positions)} items (batch {number}); return one per item, in order."
             )
         store.put_many(_take(keys, positions), values)
+        np.add.at(times, positions, 1)
         yield Found(positions, values)
+    if times.sum() != len(firsts) or (times[firsts] != 1).any():  # an answer would have rows that nobody wrote
+        raise ConfigError(
+            f"batches gave {times.sum()} positions for {len(firsts)} distinct misses; give each exactly once, in any "
+            "order."
+        )
+
+
+def _length(values: Any) -> int | None:
+    try:
+        return len(values)
+    except TypeError:  # an iterator, or a tensor without dimensions
+        return None
 
 
 def _split(positions: Positions, batches: int | Batching | None) -> Iterable[Positions]:
     if callable(batches):
         return batches(positions) if len(positions) else ()
+    if batches is not None and batches < 1:
+        raise ConfigError(f"batches is {batches}; give the keys per call, at least 1, or None for one call.")
     size = len(positions) if batches is None else batches
     return (positions[start : start + size] for start in range(0, len(positions), max(size, 1)))
 

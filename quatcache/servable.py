@@ -195,9 +195,7 @@ class ServableModel(nn.Module):
         try:
             unfinished.mkdir(parents=True)
             self._write(unfinished)
-            for file in unfinished.rglob("*"):
-                if file.is_file():
-                    _flush(file)
+            _flush(unfinished)
             _replace(target, unfinished)
         except OSError as error:
             raise StoreError(f"{target} cannot be written ({error}); free space or choose another path") from error
@@ -263,7 +261,8 @@ class ServableModel(nn.Module):
                 continue
             if name not in given:
                 raise ConfigError(
-                    f"encoder {name!r} is of a class that its files cannot rebuild; pass encoders={{{name!r}: an instance}}"
+                    f"encoder {name!r} is of a class that its files cannot rebuild; pass an instance: "
+                    f"encoders={{{name!r}: ...}}"
                 )
             Encoder.load_weights(given[name], place)
             rebuilt[name] = given[name]
@@ -285,9 +284,11 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def _replace(target: Path, finished: Path) -> None:
@@ -318,7 +319,9 @@ def _read_index(file: Path) -> tuple[list[tuple[str, str]], dict[str, Any] | Non
         )
     listed: list[tuple[str, str]] = []
     entries = document.get("encoders")
-    for entry in entries if isinstance(entries, list) else [None]:
+    if not isinstance(entries, list) or not entries:
+        raise FormatError(f"{file} lists no encoder; save the model again")
+    for entry in entries:
         name, kind = (entry.get("name"), entry.get("kind")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(kind, str) or (kind not in _KINDS and kind != _CUSTOM):
             raise FormatError(f"{file} lists the encoder {entry!r}; known kinds are {', '.join([*_KINDS, _CUSTOM])}")
@@ -333,7 +336,7 @@ def _read_index(file: Path) -> tuple[list[tuple[str, str]], dict[str, Any] | Non
 
 def _load_head(file: Path, config: dict[str, Any] | None, name: str, given: nn.Module | None) -> nn.Module:
     if config is None and given is None:
-        raise ConfigError(f"the head is a {name}, which has no registered kind; pass head=an instance")
+        raise ConfigError(f"the head is a {name}, which has no registered kind; pass an instance: head=...")
     if config is not None and given is not None:
         raise ConfigError(f"the head {name} is rebuilt from its files; leave out head=")
     try:
@@ -348,5 +351,6 @@ def _load_head(file: Path, config: dict[str, Any] | None, name: str, given: nn.M
         # Assigned, not copied: a head in half precision stays one.
         head.load_state_dict(state, assign=True)
     except (RuntimeError, ConfigError) as error:
-        raise FormatError(f"{file} does not fit the head {name} ({error}); save the model again") from error
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{file} does not fit the head {name} ({reason}); save the model again") from error
     return head

@@ -31,8 +31,8 @@ def minilm(minilm_path):
 
 @pytest.fixture
 def own_minilm(minilm):
-    """The same model for one test alone, to be changed: copied, which takes a tenth of loading it."""
-    return copy.deepcopy(minilm)
+    """The same model for one test alone, to be changed, as if just loaded; copying takes a tenth of loading."""
+    return copy.deepcopy(minilm).requires_grad_(True).eval()
 
 
 @pytest.fixture(scope="session")

@@ -185,11 +185,12 @@ def test_skip_dropout_leaves_the_embedding_itself_intact() -> None:
 
 
 def test_dropout_comes_before_the_transformation() -> None:
-    head = LinearHead(1, 1, bias=False, dropout=0.5)
+    head = LinearHead(1, 1, dropout=0.5)
     with torch.no_grad():
         head.linear.weight.fill_(3.0)
+        head.linear.bias.fill_(1.0)
     torch.manual_seed(0)
-    assert set(head(torch.ones(100, 1)).flatten().tolist()) == {0.0, 6.0}
+    assert set(head(torch.ones(100, 1)).flatten().tolist()) == {1.0, 7.0}
 
 
 def test_head_without_dropout_draws_no_random_number() -> None:

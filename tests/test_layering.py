@@ -37,7 +37,7 @@ FLOORS = {
 }
 NEIGHBOURS_APART = 6  # on this floor the rooms do not know each other
 ROOF = "quatcache"  # quatcache/__init__.py: it hands out public names and belongs to no floor
-USERS = ("demo",)  # written as a user writes, with the public names
+USERS = ("cli", "demo")  # they use the public names, as a user does
 
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities")
 MAY_IMPORT_LIGHTNING = ("quatcache.training", "quatcache.cli", "quatcache.demo")

@@ -115,7 +115,7 @@ def test_labels_and_subgroups_follow_the_definition(negatives: str) -> None:
     draw = random.Random(4)
     for _ in range(20):
         labels = [draw.choice([1.0, 0.4, 0.0, -1.0]) for _ in range(6)]
-        subgroups = [draw.randrange(3) for _ in range(6)] * 2
+        subgroups = [draw.randrange(3) for _ in range(12)]
         loss = MultipleNegativesRankingLoss(negatives=negatives)(
             embeddings, pairs, torch.tensor(labels), torch.tensor(subgroups)
         )
@@ -127,7 +127,7 @@ def test_pairs_say_which_rows_belong_together() -> None:
     order = torch.randperm(2 * PAIRS, generator=torch.Generator().manual_seed(5))
     where = order.argsort()
     subgroups = torch.tensor([0, 0, 1, 1, 1] * 2)
-    loss = MultipleNegativesRankingLoss()
+    loss = MultipleNegativesRankingLoss(negatives="same_subgroup")
     torch.testing.assert_close(
         loss(embeddings[order], where[pairs], torch.ones(PAIRS), subgroups[order]),
         loss(embeddings, pairs, torch.ones(PAIRS), subgroups),
@@ -138,7 +138,8 @@ def test_items_of_another_subgroup_get_no_gradient() -> None:
     embeddings, pairs = batch(count=4)
     embeddings.requires_grad_()
     labels = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    MultipleNegativesRankingLoss()(embeddings, pairs, labels, torch.tensor([0, 0, 1, 1] * 2)).backward()
+    loss = MultipleNegativesRankingLoss(negatives="same_subgroup")
+    loss(embeddings, pairs, labels, torch.tensor([0, 0, 1, 1] * 2)).backward()
     touched = embeddings.grad.abs().sum(dim=1) > 0
     assert touched.tolist() == [True, True, False, False] * 2
 
@@ -146,10 +147,10 @@ def test_items_of_another_subgroup_get_no_gradient() -> None:
 def test_symmetric_subgroups_hold_in_both_directions() -> None:
     embeddings, pairs = batch(dtype=torch.float64)
     labels, subgroups = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 1, 1, 0, 1] * 2)
-    loss = MultipleNegativesRankingLoss()
+    loss = MultipleNegativesRankingLoss(negatives="same_subgroup")
     there = loss(embeddings, pairs, labels, subgroups)
     back = loss(embeddings, pairs.flip(1), labels, subgroups)
-    both = MultipleNegativesRankingLoss(symmetric=True)(embeddings, pairs, labels, subgroups)
+    both = MultipleNegativesRankingLoss(symmetric=True, negatives="same_subgroup")(embeddings, pairs, labels, subgroups)
     torch.testing.assert_close(both, (there + back) / 2)
     assert not torch.allclose(there, back)
 

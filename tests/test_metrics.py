@@ -274,25 +274,41 @@ def test_no_more_similarities_than_allowed_are_held(monkeypatch: pytest.MonkeyPa
     from quatcache import metrics
 
     shapes: list[torch.Size] = []
-    rank = metrics._rank
-    monkeypatch.setattr(metrics, "_rank", lambda *args: (shapes.append(args[2].shape), rank(*args)))
+    original = metrics._rank
+
+    def rank(ranker: RetrievalMRR, queries: Tensor, similarities: Tensor, relevant: Tensor) -> None:
+        shapes.append(similarities.shape)
+        original(ranker, queries, similarities, relevant)
+        assert ranker.preds == [], "a chunk is forgotten once it is ranked"
+
+    monkeypatch.setattr(metrics, "_rank", rank)
     value_of(EmbeddingRetrieval(RetrievalMRR(), chunk_elements=450), clusters(100))
     assert max(shape.numel() for shape in shapes) <= 450
     assert sum(shape[0] for shape in shapes) == 100
 
 
-def test_shortcut_hands_over_a_small_part_of_the_candidates() -> None:
+@pytest.mark.parametrize(
+    ("inner", "most"),
+    [(RetrievalPrecision(top_k=5), 6), (RetrievalMRR(), 1), (RetrievalMAP(), 1), (RetrievalMRR(top_k=3), 3)],
+)
+def test_metrics_of_torchmetrics_get_few_of_the_candidates(
+    inner: RetrievalMRR, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no query has a relevant item, or its nearest neighbour is the only one."""
     seen: list[int] = []
-    original = RetrievalPrecision.update
+    original = type(inner).update
 
-    def update(self: RetrievalPrecision, preds: Tensor, target: Tensor, indexes: Tensor) -> None:
+    def update(self: RetrievalMRR, preds: Tensor, target: Tensor, indexes: Tensor) -> None:
         seen.append(len(preds))
         original(self, preds, target, indexes)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RetrievalPrecision, "update", update)
-        value_of(EmbeddingRetrieval(RetrievalPrecision(top_k=5)), clusters(300))
-    assert sum(seen) <= 300 * 6
+    monkeypatch.setattr(type(inner), "update", update)
+    embeddings, _ = clusters(150)
+    twins = torch.cat([embeddings, 1.001 * embeddings])
+    for groups in (torch.arange(300), torch.arange(150).repeat(2)):
+        seen.clear()
+        value_of(EmbeddingRetrieval(inner), (twins, groups))
+        assert 0 < sum(seen) <= 300 * most
 
 
 def test_forward_gives_the_batch_and_compute_everything() -> None:

@@ -77,8 +77,8 @@ def collate_items(name: str, collate: Callable[[Sequence[Any]], Any], items: Seq
     except QuatcacheError:
         raise
     except Exception as error:
-        culprit = next((item for item in items if _fails(collate, item)), None)
-        about = f"item {shorten(culprit)}" if culprit is not None else f"a batch of {len(items)} items together"
+        culprits = (shorten(item) for item in items if _fails(collate, item))
+        about = next((f"item {culprit}" for culprit in culprits), f"a batch of {len(items)} items together")
         raise CollateError(
             f"encoder {name!r} could not collate {about} ({type(error).__name__}: {error}); correct the item, or what "
             "collate does with it."
@@ -137,9 +137,7 @@ class BatchReader(Dataset[Any]):
         return {name: rows.index_select(0, where).t().reshape(-1) for name, rows in columns.rows.items()}
 
 
-def collate_samples(
-    samples: Sequence[ReadSample], collates: Mapping[str, Callable[[Sequence[Any]], Any]]
-) -> Batch:
+def collate_samples(samples: Sequence[ReadSample], collates: Mapping[str, Callable[[Sequence[Any]], Any]]) -> Batch:
     """Collate B samples for each of the encoders.
 
     Raises:

@@ -55,7 +55,7 @@ class SimilarityPairSample:
         obj_a: One item, for instance a question.
         obj_b: The other, for instance its answer.
         score: Likeness; for losses of in-batch negatives anything above 0 is a positive pair.
-        subgroup: Only pairs of one subgroup serve each other as negatives.
+        subgroup: A number by which a loss may tell which pairs serve each other as negatives.
 
     Example:
         >>> SimilarityPairSample("how do I pay?", "by card").score
@@ -124,7 +124,7 @@ def read_sample(sample: Any) -> ReadSample:
             several, the mapping without the label.
 
     Raises:
-        SampleError: It is none of these.
+        SampleError: It is none of these, or a pair whose score or subgroup is no number.
 
     Example:
         >>> read_sample({"text": "a gloss", "label": 4})[1:]
@@ -133,7 +133,13 @@ def read_sample(sample: Any) -> ReadSample:
     if isinstance(sample, SimilarityGroupSample):
         return ReadSample(GROUPS, (sample.obj,), (sample.group,))
     if isinstance(sample, SimilarityPairSample):
-        return ReadSample(PAIRS, (sample.obj_a, sample.obj_b), (float(sample.score), int(sample.subgroup)))
+        try:
+            targets = float(sample.score), int(sample.subgroup)
+        except (TypeError, ValueError):
+            raise SampleError(
+                f"a pair has score {shorten(sample.score)} and subgroup {shorten(sample.subgroup)}; give a number each."
+            ) from None
+        return ReadSample(PAIRS, (sample.obj_a, sample.obj_b), targets)
     if isinstance(sample, tuple | list) and len(sample) == 2:
         return ReadSample(GROUPS, (sample[0],), (sample[1],))
     if isinstance(sample, Mapping):
@@ -163,14 +169,14 @@ def target_column(values: Sequence[Any]) -> Any:
         (tensor([1.0000, 0.5000]), ['a', 'b'])
     """
     kinds = {type(value) for value in values}
-    if kinds and (kinds <= {int} or kinds <= {float} or kinds <= {bool}):
-        return torch.tensor(values)
     try:
+        if kinds and (kinds <= {int} or kinds <= {float} or kinds <= {bool}):
+            return torch.tensor(values)
         if all(isinstance(value, torch.Tensor) for value in values):
             return torch.stack(list(values))
         if all(isinstance(value, np.ndarray | np.generic) for value in values):
             return torch.from_numpy(np.stack(values))
-    except (RuntimeError, ValueError, TypeError):  # shapes differ, or a dtype that torch lacks
+    except (RuntimeError, ValueError, TypeError, OverflowError):  # shapes differ, or values that torch cannot hold
         pass
     return list(values)
 

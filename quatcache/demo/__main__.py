@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from quatcache import CacheConfig
 from quatcache.demo.icd10 import CHAPTERS
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What Lightning advises on workers, devices and modes is about other set-ups than this one.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # of loading the weights, which takes a moment
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -137,13 +137,14 @@ def adapter_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
     states: dict[str, dict[str, JSON]] = {}
     layer: Any
     for layer in module.modules():
-        if not hasattr(layer, "active_adapters") or not hasattr(layer, "scaling"):
+        if package_of(type(layer)) != "peft" or not hasattr(layer, "merged_adapters"):
             continue
+        scaling = getattr(layer, "scaling", None)  # some methods have none
         state = {
             "active": to_json(list(layer.active_adapters)),
-            "disabled": bool(getattr(layer, "disable_adapters", False)),
-            "merged": to_json(list(getattr(layer, "merged_adapters", []))),
-            "scaling": to_json({name: float(value) for name, value in layer.scaling.items()}),
+            "disabled": bool(layer.disable_adapters),
+            "merged": to_json(list(layer.merged_adapters)),
+            "scaling": to_json(dict(scaling)) if isinstance(scaling, Mapping) else None,
         }
         states.setdefault(json.dumps(state, sort_keys=True), state)
     facts: dict[str, JSON] = {}
@@ -220,7 +221,8 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: dict[int, Any]
         facts.update(tokenizer_facts(value, f"{name}."))
     elif callable(getattr(value, "to_dict", None)):
         facts[name] = type(value).__name__
-        flatten(read_config(value), name, facts)
+        # A configuration of transformers, else a processor; the defaults of a processor are part of what it does.
+        flatten(read_config(value) if hasattr(value, "to_diff_dict") else value.to_dict(), name, facts)
     elif isinstance(value, functools.partial):
         for part, inner in (("", value.func), (".args", value.args), (".keywords", value.keywords)):
             describe(inner, name + part, facts, seen, depth + 1)

@@ -39,11 +39,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         model: The model itself, without the module that wraps it.
 
     Returns:
-        Parameters and persistent buffers by name. Buffers that are not saved are computed from the configuration,
-        on whatever device, so they would differ without a difference.
+        Parameters and persistent buffers by name, as if no peft adapter were wrapped around them. Buffers that are not
+        saved are computed from the configuration, on whatever device, so they would differ without a difference.
     """
     return {
-        name: tensor
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor) and not name.endswith(_DERIVED)
     }

@@ -12,13 +12,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quatcache.encoders.facts import adapter_facts
 from quatcache.encoders.serialised import JSON
 from quatcache.errors import FormatError, ModelDefinitionError
 
-__all__ = ["read_json", "read_settings", "refuse_classes", "refuse_code", "require_saveable", "write_settings"]
+__all__ = [
+    "read_json",
+    "read_settings",
+    "refuse_classes",
+    "refuse_code",
+    "require_saveable",
+    "saved_dtype",
+    "write_settings",
+]
 
 SETTINGS_FILE = "encoder.json"
 FORMAT_VERSION = 1
@@ -49,10 +58,11 @@ def read_settings(path: str | PathLike[str], kind: str, allowed: Mapping[str, tu
         allowed: The types of every setting that may occur; None is always allowed.
 
     Returns:
-        The settings, ready to be passed as keyword arguments.
+        All the settings.
 
     Raises:
-        FormatError: If the file is missing, damaged, of a newer format, of another kind, or has an unknown setting.
+        FormatError: If the file is missing, damaged, of a newer format or of another kind, or has a setting too many or
+            too few.
     """
     file = Path(path) / SETTINGS_FILE
     document = read_json(file)
@@ -71,7 +81,22 @@ def read_settings(path: str | PathLike[str], kind: str, allowed: Mapping[str, tu
         types = allowed.get(name)
         if types is None or not (value is None or type(value) in types):
             raise FormatError(f"{file}: {name} = {value!r} is not a setting of this kind; save the encoder again")
+    missing = sorted(allowed.keys() - settings.keys())
+    if missing:
+        raise FormatError(f"{file} lacks the setting {missing[0]!r}; save the encoder again")
     return settings
+
+
+def saved_dtype(name: str | None, folder: Path) -> torch.dtype | None:
+    """Turn the name of a floating dtype in a file into the dtype; None stays None.
+
+    Raises:
+        FormatError: If torch has no floating dtype of that name.
+    """
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise FormatError(f"{folder} has the dtype {name!r}, which torch does not know; save the encoder again")
+    return dtype
 
 
 def refuse_code(folder: Path) -> None:

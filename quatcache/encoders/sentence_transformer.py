@@ -14,17 +14,23 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
 from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
-from quatcache.encoders.saved import read_settings, refuse_classes, refuse_code, require_saveable, write_settings
+from quatcache.encoders.saved import (
+    read_settings,
+    refuse_classes,
+    refuse_code,
+    require_saveable,
+    saved_dtype,
+    write_settings,
+)
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import copy_without_weights, package_of, to_device
-from quatcache.errors import ConfigError, ModelDefinitionError
+from quatcache.errors import ConfigError, FormatError, ModelDefinitionError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -260,10 +266,13 @@ class SentenceTransformerEncoder(Encoder):
         folder = Path(path) / _MODEL_FOLDER
         refuse_code(folder)
         refuse_classes(folder)
-        dtype = getattr(torch, settings.pop("dtype") or "float32", None)
-        length = settings.pop("max_seq_length")
-        model: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False, local_files_only=True)
-        if isinstance(dtype, torch.dtype):
+        dtype, length = saved_dtype(settings.pop("dtype"), folder), settings.pop("max_seq_length")
+        try:
+            model: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever the library makes of damaged files
+            reason = " ".join(str(error).split())
+            raise FormatError(f"{folder} cannot be loaded ({reason}); save the encoder again") from error
+        if dtype is not None:
             model = model.to(dtype)
         if length is not None:
             model.max_seq_length = length

@@ -21,7 +21,7 @@ from typing_extensions import Self
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
 from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
-from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, write_settings
+from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
@@ -278,15 +278,16 @@ class TransformersEncoder(Encoder):
         settings = read_settings(path, KIND, _SETTINGS)
         folder = Path(path) / _MODEL_FOLDER
         refuse_code(folder)
-        dtype = getattr(torch, settings.pop("dtype") or "float32", None)
+        dtype = saved_dtype(settings.pop("dtype"), folder)
         try:
             model = AutoModel.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{folder} cannot be loaded ({error}); save the encoder again") from error
-        encoder = cls(model.to(dtype) if isinstance(dtype, torch.dtype) else model, tokenizer, **settings)
+        except Exception as error:  # whatever the library makes of damaged files
+            reason = " ".join(str(error).split())
+            raise FormatError(f"{folder} cannot be loaded ({reason}); save the encoder again") from error
+        encoder = cls(model if dtype is None else model.to(dtype), tokenizer, **settings)
         encoder.eval()
         return encoder
 

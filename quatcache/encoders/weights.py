@@ -175,8 +175,11 @@ def tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach()
     if plain.layout is not torch.strided:
         plain = plain.to_dense()
-    if plain.device.type == "cpu":
-        return _hash(plain)
+    return _hash(plain) if plain.device.type == "cpu" else _remembered_digest(tensor, plain)
+
+
+def _remembered_digest(tensor: Tensor, plain: Tensor) -> str:
+    """Hash the values (``plain``) of a tensor, unless they were hashed before and two sums over them are as then."""
     state = (plain.data_ptr(), tensor._version, plain.dtype, tuple(plain.shape), *_bit_sums(plain))
     known = _remembered.get(id(tensor))
     # The reference guards against another tensor that was given the id of one that is gone.

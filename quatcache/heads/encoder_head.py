@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from quatcache.errors import ConfigError, ModelDefinitionError
 
-__all__ = ["EncoderHead", "check_size", "dropout_layer", "dropout_probability", "is_number"]
+__all__ = ["EncoderHead", "check_size", "dropout_layer", "is_number"]
 
 
 class EncoderHead(nn.Module):
@@ -82,7 +82,7 @@ class EncoderHead(nn.Module):
             >>> GatedHead(8, dropout=0.1).config()
             {'input_embedding_size': 8, 'dropout': 0.1}
         """
-        return {"input_embedding_size": self.input_embedding_size, "dropout": dropout_probability(self.dropout)}
+        return {"input_embedding_size": self.input_embedding_size, "dropout": self.dropout.p}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -119,7 +119,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def dropout_layer(name: str, probability: object) -> nn.Module:
+def dropout_layer(name: str, probability: object) -> nn.Dropout:
     """Make the layer that zeroes values with a probability in [0, 1).
 
     Raises:
@@ -127,10 +127,4 @@ def dropout_layer(name: str, probability: object) -> nn.Module:
     """
     if not is_number(probability) or not 0 <= probability < 1:
         raise ConfigError(f"{name} is {probability!r}; give a probability, at least 0 and below 1")
-    # Without dropout no random number is drawn and no kernel runs.
-    return nn.Dropout(float(probability)) if probability > 0 else nn.Identity()
-
-
-def dropout_probability(dropout: nn.Module) -> float:
-    """Give the probability that :func:`dropout_layer` was called with."""
-    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    return nn.Dropout(float(probability))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quatcache.heads.encoder_head import EncoderHead, dropout_layer, dropout_probability
+from quatcache.heads.encoder_head import EncoderHead, dropout_layer
 from quatcache.heads.registry import register_head
 
 __all__ = ["EmptyHead", "GatedHead", "SkipConnectionHead"]
@@ -119,4 +119,4 @@ class SkipConnectionHead(EncoderHead):
 
     def config(self) -> dict[str, Any]:
         """Give the constructor arguments as JSON values."""
-        return {**super().config(), "skip_dropout": dropout_probability(self.skip_dropout)}
+        return {**super().config(), "skip_dropout": self.skip_dropout.p}

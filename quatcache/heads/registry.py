@@ -146,7 +146,7 @@ def head_from_config(config: Mapping[str, Any]) -> EncoderHead:
         >>> head
         GatedHead(
           input_embedding_size=8, output_size=8
-          (dropout): Identity()
+          (dropout): Dropout(p=0.0, inplace=False)
         )
         >>> head_from_config({"kind": "os.system", "config": {}})
         Traceback (most recent call last):

@@ -74,9 +74,7 @@ class CacheDirectory:
             FormatError: The store is damaged beyond its single shards, or of a newer version.
             StoreError: It cannot be read.
         """
-        return DiskStore(
-            self._store_path(digest, dtype), digest, facts=facts, environment=environment(), dtype=dtype
-        )
+        return DiskStore(self._store_path(digest, dtype), digest, facts=facts, environment=environment(), dtype=dtype)
 
     def _store_path(self, digest: str, dtype: torch.dtype | None) -> Path:
         if not digest.isalnum():
@@ -125,8 +123,8 @@ class CacheDirectory:
                 lock.acquire()
         except OSError as error:
             raise StoreError(
-                f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, name another "
-                "save_dir, or leave it unset to cache in memory."
+                f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, name "
+                "another save_dir, or leave it unset to cache in memory."
             ) from error
         try:
             yield

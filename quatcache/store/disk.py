@@ -105,7 +105,8 @@ class DiskStore:
     @property
     def row_shape(self) -> tuple[int, ...] | None:
         """Shape of one row; None while nothing was stored."""
-        return self.manifest.row_shape or self._pending.row_shape
+        known = self.manifest.row_shape
+        return self._pending.row_shape if known is None else known  # () is a shape too
 
     @property
     def nbytes(self) -> int:
@@ -126,21 +127,25 @@ class DiskStore:
         Raises:
             FormatError: The manifest is damaged, of a newer version, or of another encoder.
         """
-        manifest = Manifest.read(self.directory)
+        self.flush()  # the numbers of uncommitted rows are given out already: they come before what is new
+        manifest = self._read_manifest()
         if manifest is None:
             return False
-        if manifest.digest != self.manifest.digest:
-            raise FormatError(
-                f"{self.directory} belongs to encoder {manifest.digest}, not {self.manifest.digest}; "
-                "do not rename cache directories: delete it, or point save_dir elsewhere."
-            )
         before = len(self._opened)
-        self.flush()  # the numbers of uncommitted rows are given out already: they come before what is new
         self.manifest = manifest
         for entry in manifest.shards:
             if entry.file not in self._opened | self._refused:
                 self._open(entry)
         return len(self._opened) > before
+
+    def _read_manifest(self) -> Manifest | None:
+        manifest = Manifest.read(self.directory)
+        if manifest is not None and manifest.digest != self.manifest.digest:
+            raise FormatError(
+                f"{self.directory} belongs to encoder {manifest.digest}, not {self.manifest.digest}; "
+                "do not rename cache directories: delete it, or point save_dir elsewhere."
+            )
+        return manifest
 
     def _open(self, entry: ShardEntry) -> None:
         path = self.directory / entry.file
@@ -206,15 +211,18 @@ class DiskStore:
         A present key gets a new row, which look-ups find from then on; the old one stays on disk, unreferenced.
 
         Raises:
-            EncoderOutputError: The rows have another shape than those stored.
+            EncoderOutputError: The rows have another shape or dtype than those put before, or do not fit the storage
+                dtype.
+            FormatError: They have another shape or dtype than those in the directory.
             StoreError: A shard cannot be written; what was committed before is kept.
         """
         if not len(keys):
             return
-        if self.manifest.row_shape is not None and tuple(values.shape[1:]) != self.manifest.row_shape:
+        held, given = (self.manifest.row_shape, self.manifest.given_dtype), (tuple(values.shape[1:]), values.dtype)
+        if self._shards and held != given:
             raise FormatError(
-                f"{self.directory} holds rows of shape {self.manifest.row_shape}, the encoder gave "
-                f"{tuple(values.shape[1:])}; delete that directory to have it filled again."
+                f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
+                f"{given[1]}; delete that directory to have it filled again."
             )
         if not self._pending_keys:
             row_bytes = math.prod(values.shape[1:]) * (self._dtype or values.dtype).itemsize
@@ -243,7 +251,7 @@ class DiskStore:
         assert given_dtype is not None
         entry = self._write(keys, rows)
         with FileLock(self.directory / ".manifest.lock"):  # other ranks and processes add their shards too
-            current = (Manifest.read(self.directory) or self.manifest).without(self._refused)
+            current = (self._read_manifest() or self.manifest).without(self._refused)
             self.manifest = current.with_shard(entry, tuple(rows.shape[1:]), rows.dtype, given_dtype)
             self.manifest.write(self.directory)
         tensors, _ = open_tensors(self.directory / entry.file, entry.bytes)
@@ -269,6 +277,8 @@ class DiskStore:
             A store whose row numbers are those of this one; peak memory is that of the rows once.
         """
         self.flush()
+        if not self._shards:
+            return TensorStore(device, self._dtype)
         rows = torch.empty((self._committed, *(self.row_shape or ())), dtype=self.manifest.dtype, device=device)
         for start, shard in zip(self._starts, self._shards, strict=True):
             rows[start : start + len(shard)] = shard.to(device)
@@ -285,7 +295,7 @@ def _checked(
         raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
     if (len(rows), tuple(rows.shape[1:]), rows.dtype) != (entry.rows, manifest.row_shape, manifest.dtype):
         raise FormatError(
-            f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape)} instead of {entry.rows} {manifest.dtype} rows "
-            f"of shape {manifest.row_shape}; it is encoded again."
+            f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape)} instead of {entry.rows} {manifest.dtype} "
+            f"rows of shape {manifest.row_shape}; it is encoded again."
         )
     return keys.numpy(), rows

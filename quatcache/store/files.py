@@ -11,10 +11,10 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -65,12 +65,16 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody but the owner read
         write(temporary)
+        temporary.chmod(mode)
         _flush(temporary, os.O_RDWR)
         temporary.replace(path)
         _flush(path.parent, os.O_RDONLY)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        with suppress(OSError):  # a read-only file system refuses even to unlink what does not exist
+            temporary.unlink()
         raise StoreError(
             f"cannot write {path}: {_reason(error)}; free space or permit writing there, and run again: "
             "what was committed before is kept."
@@ -101,10 +105,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(str(path)) from None
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir.") from error
+        raise StoreError(
+            f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is damaged ({error}); delete it, and what it described is encoded again.") from error
     if not isinstance(content, dict):
@@ -151,10 +157,13 @@ def open_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[st
             raise
         raise FormatError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir.") from error
+        raise StoreError(
+            f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."
+        ) from error
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """View the bytes of a CPU tensor, for hashing."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(np.ascontiguousarray(flat.numpy()))
+    whole = tensor.detach().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a single element may be contiguous with any stride
+    return flat.view(torch.uint8).numpy().data

@@ -128,7 +128,7 @@ class Manifest:
         except FileNotFoundError:
             return None
         version = content.get("version")
-        if content.get("format") != "quatcache" or not isinstance(version, int):
+        if content.get("format") != "quatcache" or type(version) is not int or version < 1:
             raise FormatError(f"{path} is not a quatcache manifest; use an empty directory as save_dir.")
         if version > FORMAT_VERSION:
             raise FormatError(
@@ -144,16 +144,21 @@ class Manifest:
 
     @classmethod
     def _parse(cls, content: Mapping[str, Any]) -> Manifest:
-        shape = content["row_shape"]
+        shape, dtype, given_dtype = content["row_shape"], _dtype(content["dtype"]), _dtype(content["given_dtype"])
+        shards = tuple(_shard(entry) for entry in content["shards"])
+        if shards and (shape is None or dtype is None or given_dtype is None):
+            raise ValueError("shards without row_shape, dtype or given_dtype")
+        if dtype != given_dtype and not all(known and known.is_floating_point for known in (dtype, given_dtype)):
+            raise ValueError(f"rows of {dtype} cannot stand for rows of {given_dtype}")
         return cls(
             digest=str(content["identity"]["digest"]),
             facts=dict(content["identity"]["facts"]),
             environment={str(name): str(value) for name, value in content["environment"].items()},
             row_shape=None if shape is None else tuple(_count(size) for size in shape),
-            dtype=_dtype(content["dtype"]),
-            given_dtype=_dtype(content["given_dtype"]),
+            dtype=dtype,
+            given_dtype=given_dtype,
             created=str(content["created"]),
-            shards=tuple(_shard(entry) for entry in content["shards"]),
+            shards=shards,
         )
 
 

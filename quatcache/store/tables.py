@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from xxhash import xxh3_128
 
@@ -25,6 +28,8 @@ __all__ = ["DatasetTable", "read_tables", "write_table"]
 logger = logging.getLogger(__name__)
 
 TABLE_VERSION = 1
+
+_TABLE_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ def write_table(directory: Path, table: DatasetTable) -> Path:
     }
     digest = _digest(about, tensors)
     path = directory / f"{digest}.safetensors"
-    if not path.exists():
+    try:
+        _read_table(path)
+    except FormatError:  # not there, or damaged since
         write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
     return path
 
@@ -79,8 +86,12 @@ def read_tables(directory: Path, encoders: Sequence[str]) -> Iterator[DatasetTab
     """Give the tables that know all these encoders, newest first; a damaged one is passed over with a warning."""
     if not directory.is_dir():
         return
-    paths = sorted(directory.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in paths:
+    ages = {}
+    for path in directory.iterdir():
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if _TABLE_NAME.fullmatch(path.name):  # another process may be writing one, under a temporary name
+                ages[path] = path.stat().st_mtime_ns
+    for path in sorted(ages, key=lambda path: ages[path], reverse=True):
         try:
             table = _read_table(path)
         except (FormatError, StoreError) as error:
@@ -101,11 +112,21 @@ def _read_table(path: Path) -> DatasetTable:
         keys = {str(name): tensors[f"keys.{place}"].numpy() for place, name in enumerate(about["encoders"])}
         count = about["targets"]
         targets = None if count is None else tuple(tensors[f"target.{place}"] for place in range(count))
+        _check_sizes(about["samples"], keys, targets)
         return DatasetTable(keys, targets, str(about["layout"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _check_sizes(samples: object, keys: Mapping[str, KeyArray], targets: tuple[torch.Tensor, ...] | None) -> None:
+    widths = {array.shape[1:] for array in keys.values()}
+    whole = all(array.dtype == np.int64 and array.ndim == 3 and len(array) == samples for array in keys.values())
+    if not whole or len(widths) != 1 or next(iter(widths))[-1] != 2:
+        raise ValueError("keys of another shape or dtype than (samples, items, 2) int64")
+    if not all(column.ndim and len(column) == samples for column in targets or ()):
+        raise ValueError(f"a target column without {samples} rows")
 
 
 def _digest(about: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:

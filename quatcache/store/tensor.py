@@ -33,6 +33,10 @@ def as_rows(values: torch.Tensor, row_shape: tuple[int, ...] | None, dtype: torc
 
     Raises:
         EncoderOutputError: Another row shape, or a finite value that the storage dtype turns into infinity.
+
+    Example:
+        >>> as_rows(torch.ones(2, 3), None, torch.float16).dtype
+        torch.float16
     """
     values = values.detach()
     if row_shape is not None and tuple(values.shape[1:]) != row_shape:
@@ -43,9 +47,10 @@ def as_rows(values: torch.Tensor, row_shape: tuple[int, ...] | None, dtype: torc
     if dtype is None or dtype == values.dtype or not values.is_floating_point():
         return values
     stored = values.to(dtype)
-    if not torch.isfinite(stored).all() and torch.isfinite(values).all():
+    infinite = ~torch.isfinite(stored)
+    if infinite.any() and (infinite := infinite & torch.isfinite(values)).any():
         raise EncoderOutputError(
-            f"a value of {values.abs().max().item():.4g} does not fit the storage dtype {dtype}; "
+            f"a value of {values[infinite].abs().max().item():.4g} does not fit the storage dtype {dtype}; "
             "use CacheConfig(dtype=torch.bfloat16) or leave dtype unset."
         )
     return stored
@@ -68,9 +73,7 @@ class TensorStore:
                 [0., 0.]])
     """
 
-    def __init__(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, capacity: int = 0
-    ) -> None:
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, capacity: int = 0) -> None:
         """Start empty; memory is taken when the first rows tell their shape."""
         self.device = torch.device(device)
         self._dtype = dtype
@@ -147,12 +150,16 @@ class TensorStore:
         """Store rows ``(n, *row_shape)`` for distinct keys; a present key gets the new row.
 
         Raises:
-            EncoderOutputError: The rows have another shape than those stored.
+            EncoderOutputError: The rows have another shape or dtype than those stored, or do not fit the storage dtype.
         """
         if not len(keys):
             return
-        if self.given_dtype is None:
-            self.given_dtype = values.dtype
+        if self.given_dtype not in {None, values.dtype}:
+            raise EncoderOutputError(
+                f"a row of {values.dtype} came after rows of {self.given_dtype}; every item must give one row of the "
+                "same dtype."
+            )
+        given_dtype = values.dtype
         values = as_rows(values, self.row_shape, self._dtype)
         numbers = self._index.find(keys)
         fresh = numbers < 0
@@ -164,13 +171,15 @@ class TensorStore:
         )
         self._index.add(keys[fresh], numbers[fresh])
         self._used += int(fresh.sum())
+        self.given_dtype = given_dtype
 
     def _reserve(self, needed: int, like: torch.Tensor) -> None:
         held = 0 if self._rows is None else len(self._rows)
         if needed <= held:
             return
         capacity = max(needed, self._capacity if self._rows is None else 2 * held)
-        grown = torch.empty((capacity, *like.shape[1:]), dtype=like.dtype, device=self.device)
+        with torch.inference_mode(False):  # rows made in inference mode could not be written outside it
+            grown = torch.empty((capacity, *like.shape[1:]), dtype=like.dtype, device=self.device)
         if self._rows is not None:
             grown[: self._used] = self._rows[: self._used]
         self._rows = grown

@@ -73,7 +73,7 @@ class CacheConfig:
         set_ = object.__setattr__
         set_(self, "cache_type", _tier("cache_type", self.cache_type))
         set_(self, "mapping", {name: _tier(f"mapping[{name!r}]", tier) for name, tier in dict(self.mapping).items()})
-        set_(self, "dtype", _float_dtype(self.dtype))
+        _float_dtype(self.dtype)
         if not _is_count(self.batch_size, 1):
             raise ConfigError(f"batch_size is {self.batch_size!r}; give the items per encoder call, at least 1.")
         if self.num_workers is not None and not _is_count(self.num_workers, 0):
@@ -89,6 +89,11 @@ class CacheConfig:
                 )
         if CacheType.DISK in self.tiers() and self.save_dir is None:
             raise ConfigError("tier DISK keeps rows in files, but save_dir is None; name a directory as save_dir.")
+
+    @property
+    def storage_dtype(self) -> torch.dtype | None:
+        """The dtype that ``dtype`` names; None: as the encoder gives it."""
+        return _float_dtype(self.dtype)
 
     def tiers(self) -> set[CacheType]:
         """List the tiers that are asked for by name or by default."""
@@ -140,10 +145,15 @@ def _tier(setting: str, value: object) -> CacheType:
 
 
 def _float_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+    known = {
+        str(dtype).removeprefix("torch."): dtype
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    }
     dtype = known.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if value is not None and dtype not in known.values():
-        raise ConfigError(f"dtype is {value!r}; use one of {', '.join(known)}, or None to store what the encoder gives.")
+        raise ConfigError(
+            f"dtype is {value!r}; use one of {', '.join(known)}, or None to store what the encoder gives."
+        )
     return dtype
 
 

@@ -6,7 +6,7 @@ is not encoded again; so a warm start reads a sample of items only, and a grown 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 

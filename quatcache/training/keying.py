@@ -7,7 +7,7 @@ are never given out there: only the store hands out rows, so workers cannot disa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -192,8 +192,8 @@ class SharedKeys:
             return
         first, other = self.example
         logger.warning(
-            "Encoder %r: %s items have the extracted key of another item but other content, and share its row: %s and %s; "
-            "make the extractor tell them apart if they are not alike.",
+            "Encoder %r: %s items have the extracted key of another item but other content, and share its row: %s and "
+            "%s; make the extractor tell them apart if they are not alike.",
             self._scheme.name,
             f"{self.conflicts:,}",
             first,

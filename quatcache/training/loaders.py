@@ -8,21 +8,13 @@ batch is different. The user's loader itself is never touched.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-    default_collate,
-)
-from torch.utils.data.distributed import DistributedSampler
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from quatcache.data.batches import Batch, BatchReader, CachedColumns, collate_samples
 from quatcache.errors import LoaderError
@@ -32,8 +24,6 @@ __all__ = ["checked_loader", "convert_loader"]
 Collates = Mapping[str, Callable[[Sequence[Any]], Any]]
 SampleReader = Callable[[Any], Any]
 Gather = Callable[[Batch], Batch]
-
-_DRAWN_AT_ONCE = (SequentialSampler, RandomSampler, WeightedRandomSampler, SubsetRandomSampler, DistributedSampler)
 
 
 def checked_loader(loader: Any, name: str) -> DataLoader[Any]:
@@ -48,23 +38,24 @@ def checked_loader(loader: Any, name: str) -> DataLoader[Any]:
     """
     if not isinstance(loader, DataLoader):
         raise LoaderError(
-            f"the {name} loader is a {type(loader).__name__}; pass a torch.utils.data.DataLoader over a dataset of samples."
+            f"the {name} loader is a {type(loader).__name__}; pass a torch.utils.data.DataLoader over a dataset of "
+            "samples."
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise LoaderError(
             f"the {name} loader is a {type(loader).__name__} with an __iter__ of its own, whose batches cannot be "
             "reproduced from a cache; pass a plain DataLoader with a sampler or batch sampler instead."
         )
-    if loader.collate_fn is not default_collate and loader.batch_size is not None:
+    if loader.batch_sampler is None:
         raise LoaderError(
-            f"the {name} loader has a collate_fn of its own ({getattr(loader.collate_fn, '__qualname__', loader.collate_fn)}), "
-            "but the model collates samples through its encoders; leave collate_fn unset and override read_sample on "
-            "the model if the samples need it."
+            f"the {name} loader has batch_size=None, so its dataset returns batches; let the dataset return samples, "
+            "and give the loader a batch_size or a batch_sampler."
         )
-    if loader.batch_size is None and loader.batch_sampler is None:
+    if loader.collate_fn is not default_collate:
+        collate = getattr(loader.collate_fn, "__qualname__", loader.collate_fn)
         raise LoaderError(
-            f"the {name} loader has batch_size=None, so its dataset returns batches; let the dataset return samples and "
-            "give the loader a batch_size or a batch_sampler."
+            f"the {name} loader has a collate_fn of its own ({collate}), but the model collates samples through its "
+            "encoders; leave collate_fn unset, and override read_sample on the model if the samples need it."
         )
     return loader
 
@@ -95,15 +86,15 @@ def convert_loader(
     if isinstance(loader.dataset, IterableDataset):
         settings.update(batch_size=loader.batch_size, drop_last=loader.drop_last)
         return DataLoader(loader.dataset, collate_fn=_CollateSamples(collates, reader), **settings)
-    batch_sampler: Any = loader.batch_sampler
-    ahead = (loader.prefetch_factor or 0) * loader.num_workers if from_memory else 0
-    if ahead and not isinstance(loader.sampler, _DRAWN_AT_ONCE):
-        settings["batch_sampler"] = _ReadAhead(batch_sampler, ahead)
-    elif type(batch_sampler) is BatchSampler:  # in parts: Lightning puts a distributed sampler in place of the sampler
+    if loader.batch_size is not None:  # in parts: Lightning puts a distributed sampler in place of the sampler
         settings.update(sampler=loader.sampler, batch_size=loader.batch_size, drop_last=loader.drop_last)
     else:
-        settings["batch_sampler"] = batch_sampler
+        settings["batch_sampler"] = loader.batch_sampler
     view = BatchReader(loader.dataset, collates, reader, columns)
+    if from_memory:
+        assert gather is not None
+        ahead = (loader.prefetch_factor or 0) * loader.num_workers
+        return MemoryLoader(view, gather=gather, ahead=ahead, seeds_once=loader.persistent_workers, **settings)
     if gather is None:
         return DataLoader(view, collate_fn=_as_it_is, **settings)
     return GatheringLoader(view, gather=gather, collate_fn=_as_it_is, **settings)
@@ -148,24 +139,46 @@ class GatheringLoader(DataLoader[Any]):
         return map(self.gather, super().__iter__())
 
 
-class _ReadAhead:
-    """A batch sampler as far ahead of its batches as the workers of the user's loader would have pulled it.
+class MemoryLoader(DataLoader[Any]):
+    """A loader whose batches are index operations, with no workers and no fetcher in between.
 
-    A sampler that draws from the global generator for each batch would otherwise meet it in another state.
+    A ``DataLoader`` draws a base seed for its workers from the generator, once an epoch or once for ever with
+    persistent workers, and workers pull batches from the sampler ahead of time. Where a sampler or a model draws from
+    the same generator, all of this decides the batches; so it happens here at the same moments.
+
+    Args:
+        dataset: What gives the batch for a list of indices.
+        gather: Replaces row numbers by rows.
+        ahead: Batches that the workers of the user's loader pull ahead; 0 without workers.
+        seeds_once: Whether these workers are persistent.
+        settings: Sampler, batch size, batch sampler and generator, as a ``DataLoader`` takes them.
     """
 
-    def __init__(self, batches: Iterable[Sequence[int]], depth: int) -> None:
-        self._batches = batches
-        self._depth = depth
+    def __init__(
+        self, dataset: BatchReader, *, gather: Gather, ahead: int = 0, seeds_once: bool = False, **settings: Any
+    ) -> None:
+        """Keep the arguments as attributes, from which Lightning builds the loader anew."""
+        super().__init__(dataset, **settings)
+        self.gather = gather
+        self.ahead = ahead
+        self.seeds_once = seeds_once
+        self._seeded = False
 
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Start an epoch now: what is drawn at its start is drawn when the iterator is asked for."""
+        indices = iter(self.batch_sampler or ())
+        if not (self.seeds_once and self._seeded):
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+            self._seeded = True
+        waiting = deque(islice(indices, self.ahead))
+        return self._batches(indices, waiting)
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        source = iter(self._batches)
-        waiting: deque[Sequence[int]] = deque()
-        for batch in source:
-            waiting.append(batch)
-            if len(waiting) > self._depth:
-                yield waiting.popleft()
-        yield from waiting
+    def _batches(self, indices: Iterator[Sequence[int]], waiting: deque[Sequence[int]]) -> Iterator[Batch]:
+        read, gather = self.dataset.__getitems__, self.gather  # type: ignore[attr-defined]
+        if not self.ahead:
+            for batch in indices:
+                yield gather(read(batch))
+        while waiting:
+            batch = waiting.popleft()
+            waiting.extend(islice(indices, 1))
+            yield gather(read(batch))

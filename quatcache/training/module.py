@@ -13,7 +13,6 @@ from torchmetrics import Metric
 from quatcache.data.batches import Batch
 from quatcache.data.samples import ReadSample, read_sample
 from quatcache.encoders import Encoder
-from quatcache.encoders.cached import CachedEncoder
 from quatcache.errors import ModelDefinitionError, shorten
 from quatcache.servable import ServableModel
 from quatcache.training.callback import CacheCallback
@@ -37,8 +36,8 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
     """A model of encoders and a head, trained with plain Lightning and cached where its encoders are frozen.
 
     Override :meth:`configure_encoders`, :meth:`configure_head` and :meth:`configure_loss`; return a config from
-    :meth:`configure_caches` to cache. Loaders need nothing but a dataset of samples: the model collates them through its
-    encoders, with or without a cache.
+    :meth:`configure_caches` to cache. Loaders need nothing but a dataset of samples: the model collates them through
+    its encoders, with or without a cache.
 
     Attributes:
         encoders: The encoders by name; a single one is called ``"default"``. Frozen ones stay in eval mode, and their
@@ -91,7 +90,11 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         )
 
     def configure_loss(self) -> nn.Module:
-        """Return the loss: called as ``loss(embeddings, groups)``, for pairs ``loss(embeddings, pairs, labels, subgroups)``."""
+        """Return the loss.
+
+        It is called as ``loss(embeddings, groups)``, and for pairs as ``loss(embeddings, pairs, labels, subgroups)``
+        with embeddings ``(2B, D)``, pairs ``(B, 2)``, labels ``(B,)`` and subgroups ``(2B,)``.
+        """
         raise ModelDefinitionError(
             f"{type(self).__name__} has no configure_loss; return a torch.nn.Module, for instance "
             "torch.nn.CrossEntropyLoss() or quatcache.losses.MultipleNegativesRankingLoss()."
@@ -201,8 +204,8 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
             encoders = {"default": encoders}
         if not isinstance(encoders, Mapping) or not encoders:
             raise ModelDefinitionError(
-                f"{type(self).__name__}.configure_encoders returned {shorten(encoders)}; return an Encoder, or a dict of "
-                "names to Encoders."
+                f"{type(self).__name__}.configure_encoders returned {shorten(encoders)}; return an Encoder, or a "
+                "dict of names to Encoders."
             )
         for name, encoder in encoders.items():
             if not isinstance(encoder, Encoder):
@@ -244,5 +247,5 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
             suffix = "" if len(self._metrics) == 1 else f"/dataloader_idx_{place}"
             for name, metric in metrics.items():
                 if metric.update_called:
-                    self.log(f"{stage}_{name}{suffix}", metric.compute(), prog_bar=True)
+                    self.log(f"{stage}_{name}{suffix}", metric.compute(), prog_bar=True, add_dataloader_idx=False)
                 metric.reset()

@@ -41,8 +41,8 @@ def place_rows(
     if tier is CacheType.DISK:
         if not isinstance(store, DiskStore):
             raise ConfigError(
-                f"tier DISK was asked for encoder {name!r}, whose items have no content key and so no rows on disk; give "
-                "key_extractors a function for it, or use tier CPU."
+                f"tier DISK was asked for encoder {name!r}, whose items have no content key and so no rows on disk; "
+                "give key_extractors a function for it, or use tier CPU."
             )
         return store, tier
     return _in_memory(store, torch.device("cpu")), tier

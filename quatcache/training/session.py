@@ -74,7 +74,6 @@ class CacheSession:
         self._columns: dict[int, CachedColumns] = {}
         self._kept: list[Any] = []  # datasets stay alive while their ids are keys
         self._known = 0
-        self._pending: list[tuple[DataLoader[Any], str]] | None = None
         self.sources = LoaderSources(trainer, self._convert)
 
     @property
@@ -82,20 +81,14 @@ class CacheSession:
         return getattr(self._module, "read_sample", read_sample)
 
     def prepare(self) -> None:
-        """Fill for all loaders of a fit in one pass, and convert them."""
+        """Fill for all loaders of a fit in one pass; the loops get them converted when they ask."""
+        loaders = [(checked_loader(loader, name), name) for loader, name in self.sources.request()]
         if self._cached:
-            self._pending = []
-            self.sources.prepare()  # only collects
-            collected, self._pending = self._pending, None
-            self._index(collected)
-        self.sources.prepare()
+            self._index(loaders)
 
-    def _convert(self, loader: Any, name: str) -> Any:
+    def _convert(self, loader: Any, name: str) -> DataLoader[Any]:
         """Give the loader that takes the place of one of the user's."""
         checked = checked_loader(loader, name)
-        if self._pending is not None:
-            self._pending.append((checked, name))
-            return loader
         columns = None
         if self._cached:
             self._index([(checked, name)])
@@ -115,8 +108,8 @@ class CacheSession:
         for loader, name in loaders:
             if isinstance(loader.dataset, IterableDataset):
                 raise LoaderError(
-                    f"the {name} loader reads an IterableDataset ({type(loader.dataset).__name__}), which has no index to "
-                    "find rows by; use a map-style dataset, or return None from configure_caches()."
+                    f"the {name} loader reads an IterableDataset ({type(loader.dataset).__name__}), which has no index "
+                    "to find rows by; use a map-style dataset, or return None from configure_caches()."
                 )
             if id(loader.dataset) not in self._columns:
                 fresh.setdefault(id(loader.dataset), (loader, name))
@@ -152,7 +145,8 @@ class CacheSession:
             return fills
         with self._directory.filling():
             stores = [encoder.store for encoder in self._fills.values() if isinstance(encoder.store, DiskStore)]
-            if any([store.refresh() for store in stores]):  # another process filled while this one waited
+            news = [store.refresh() for store in stores]
+            if any(news):  # another process filled while this one waited
                 self._plan(fills)
             try:
                 self._run(fills, context)
@@ -197,7 +191,7 @@ class CacheSession:
                 )
             store: RowStore
             if self._directory is None or reason is not None:
-                store = TensorStore(dtype=self._config.dtype, capacity=items)
+                store = TensorStore(dtype=self._config.storage_dtype, capacity=items)
             else:
                 store = self._open_disk(name, encoder)
             self._fills[name] = EncoderFill(
@@ -213,7 +207,7 @@ class CacheSession:
         assert self._directory is not None
         precision = str(self._trainer.precision)
         identity = identify(encoder, autocast=precision if "mixed" in precision else None)
-        store = self._directory.store(identity.digest, identity.facts, self._config.dtype)
+        store = self._directory.store(identity.digest, identity.facts, self._config.storage_dtype)
         if not len(store):
             self._explain(name, identity)
         return store
@@ -224,11 +218,12 @@ class CacheSession:
         others = [Identity.of(manifest.facts) for manifest in self._directory.manifests()]
         differences = [other.differences(identity) for other in others if other.digest != identity.digest]
         if differences:
+            closest = min(differences, key=len)
             logger.info(
                 "Encoder %r has no rows in %s; the closest one there differs: %s.",
                 name,
                 self._directory.path,
-                "; ".join(min(differences, key=len)),
+                "; ".join(closest),
             )
 
     def _frozen_encoder(self, name: str) -> FrozenEncoder:
@@ -289,13 +284,13 @@ def _encoders_of(module: LightningModule) -> MutableMapping[str, Any]:
     encoders = getattr(module, "encoders", None)
     if not isinstance(encoders, nn.ModuleDict | MutableMapping) or not len(encoders):
         raise ModelDefinitionError(
-            f"{type(module).__name__}.encoders is {shorten(encoders)}; make it a torch.nn.ModuleDict of encoder names to "
-            "Encoder objects."
+            f"{type(module).__name__}.encoders is {shorten(encoders)}; make it a torch.nn.ModuleDict of encoder "
+            "names to Encoder objects."
         )
     for name, encoder in encoders.items():
         if not isinstance(encoder, Encoder):
             raise ModelDefinitionError(
-                f"encoder {name!r} of {type(module).__name__} is a {type(encoder).__name__}; wrap it in a ModuleEncoder, "
-                "or subclass Encoder."
+                f"encoder {name!r} of {type(module).__name__} is a {type(encoder).__name__}; wrap it in a "
+                "ModuleEncoder, or subclass Encoder."
             )
     return encoders  # type: ignore[return-value]

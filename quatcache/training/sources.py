@@ -28,7 +28,7 @@ class _ConvertedSource:
         self._stage = stage
         self._mode = mode
         self._convert = convert
-        self._ready: Any = None
+        self._requested: Any = None
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class _ConvertedSource:
     @instance.setter
     def instance(self, value: Any) -> None:  # a trainer sets it at the start of the next run
         self.source.instance = value
-        self._ready = None
+        self._requested = None
 
     def is_defined(self) -> bool:
         return self.source.is_defined()  # type: ignore[no-any-return]
@@ -49,23 +49,27 @@ class _ConvertedSource:
     def is_module(self) -> bool:
         return self.source.is_module()  # type: ignore[no-any-return]
 
-    def prepare(self) -> None:
-        """Convert now what the loop will ask for first."""
-        self._ready = self._converted()
-
-    def dataloader(self) -> Any:
-        ready, self._ready = self._ready, None
-        return self._converted() if ready is None else ready
-
-    def _converted(self) -> Any:
+    def request(self) -> list[tuple[Any, str]]:
+        """Ask for the user's loaders, once: a hook may make new ones at every call."""
         loaders = self.source.dataloader()
         combined = (
-            copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)
+            copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)  # type: ignore[arg-type]
         )
+        self._requested = combined
+        return self._named(combined)
+
+    def dataloader(self) -> Any:
+        """Give the loop converted loaders: those requested ahead, or new ones."""
+        if self._requested is None:
+            self.request()
+        combined, self._requested = self._requested, None
+        combined.flattened = [self._convert(loader, name) for loader, name in self._named(combined)]
+        return combined
+
+    def _named(self, combined: Any) -> list[tuple[Any, str]]:
         flat = combined.flattened
         names = [self._stage] if len(flat) == 1 else [f"{self._stage} {place}" for place in range(len(flat))]
-        combined.flattened = [self._convert(loader, name) for loader, name in zip(flat, names, strict=True)]
-        return combined
+        return list(zip(flat, names, strict=True))
 
 
 class LoaderSources:
@@ -99,12 +103,20 @@ class LoaderSources:
         loop._data_source = converted
         self._replaced.append((loop, converted))
 
-    def prepare(self) -> None:
-        """Convert what the fit will ask for: the train loaders, and the validation loaders if they are used."""
+    def request(self) -> list[tuple[Any, str]]:
+        """Ask for the loaders of a fit ahead: the train loaders, and the validation loaders if they are used.
+
+        Returns:
+            The user's loaders, each with what it is for. The loops get these, converted.
+        """
+        loaders = []
         for loop, source in self._replaced:
-            used = self._trainer.limit_train_batches if loop is self._trainer.fit_loop else self._trainer.limit_val_batches
+            used = (
+                self._trainer.limit_train_batches if loop is self._trainer.fit_loop else self._trainer.limit_val_batches
+            )
             if used != 0 and source.is_defined():
-                source.prepare()
+                loaders += source.request()
+        return loaders
 
     def restore(self) -> None:
         """Put the user's sources back; the loops forget the loaders they made of them."""

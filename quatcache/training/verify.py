@@ -125,5 +125,5 @@ def differing_item(reader: ChunkReader) -> int | None:
     for name, keys in first.keys.items():
         differs = (keys != second.keys[name]).reshape(len(indices), -1).any(axis=1)
         if differs.any():
-            return indices[int(np.flatnonzero(differs)[0])]
+            return int(indices[int(np.flatnonzero(differs)[0])])
     return None

