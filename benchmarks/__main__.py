@@ -49,9 +49,7 @@ def check_losses(shape: str, console: Console) -> float:
         SystemExit: Two contenders differ: their times would compare different work.
     """
     losses = {
-        contender: one_process(
-            shape, contender, "--rows", str(CHECK_ROWS), "--epochs", str(CHECK_EPOCHS), "--losses"
-        )
+        contender: one_process(shape, contender, "--rows", str(CHECK_ROWS), "--epochs", str(CHECK_EPOCHS), "--losses")
         for contender in CONTENDERS[shape]
     }
     reference = losses["raw"]
@@ -63,7 +61,7 @@ def check_losses(shape: str, console: Console) -> float:
             else float("inf")
         )
         if not apart <= TOLERANCE:
-            raise SystemExit(f"{shape}: the losses of {contender} are up to {apart:g} from those of raw; no time is taken")
+            raise SystemExit(f"{shape}: losses of {contender} are up to {apart:g} from those of raw; no time is taken")
         worst = max(worst, apart)
     console.print(f"{shape}: {len(reference)} losses of each contender agree (largest difference {worst:g})")
     return worst
@@ -91,7 +89,8 @@ def bench_epochs(shape: str, rows: int, rounds: int, console: Console) -> tuple[
         for one in seconds
         for other in seconds
     }
-    table = Table("contender", "epoch s", "us/row", "x raw", "x lean", title=f"{shape}: {rows:,} x 384, {rounds} rounds")
+    title = f"{shape}: {rows:,} x 384, {rounds} rounds"
+    table = Table("contender", "epoch s", "us/row", "x raw", "x lean", title=title)
     for contender, took in epoch.items():
         table.add_row(
             contender,

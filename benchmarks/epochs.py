@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,9 +83,7 @@ def make_data(rows: int) -> Data:
         rows: How many, > 0.
     """
     generator = torch.Generator().manual_seed(SEED)
-    return Data(
-        torch.randn(rows, WIDTH, generator=generator), torch.randint(0, CLASSES, (rows,), generator=generator)
-    )
+    return Data(torch.randn(rows, WIDTH, generator=generator), torch.randint(0, CLASSES, (rows,), generator=generator))
 
 
 @dataclass
@@ -135,7 +134,7 @@ class EpochClock(pl.Callback):
 
 def differences(ends: list[float]) -> list[float]:
     """Seconds between consecutive ends."""
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def run_raw(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:

@@ -89,15 +89,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"quatcache {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; --help after it tells more")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has a --help")
     # The command alone is parsed here: what follows belongs to it.
     chosen = parser.parse_args(given[:1])
     try:
         # LightningCLI reads sys.argv itself, and warns about a list when there are arguments there as well.
         return COMMANDS[chosen.command][1](None if arguments is None else given)
-    except QuatcacheError as error:
-        print(f"quatcache: {error}", file=sys.stderr)
+    except Exception as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        print(f"quatcache: {own}", file=sys.stderr)
         return 1
+
+
+def own_error(error: BaseException | None) -> QuatcacheError | None:
+    """Find the error of quatcache's own that an error was raised from.
+
+    jsonargparse builds the cache settings, and wraps what they refuse in a page on every type that it tried.
+
+    Args:
+        error: What was caught.
+
+    Returns:
+        The first of its causes, itself included, that quatcache raised; ``None`` if there is none.
+
+    Example:
+        >>> print(own_error(ValueError("no more than that")))
+        None
+    """
+    while error is not None and not isinstance(error, QuatcacheError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

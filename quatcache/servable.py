@@ -207,11 +207,8 @@ class ServableModel(nn.Module):
         for index, (name, encoder) in enumerate(self.encoders.items()):
             kind = _kind(encoder)
             place = folder / _ENCODERS / str(index)
-            if kind == _CUSTOM:
-                # Not its own save: load gives the tensors back to an instance that the caller made.
-                Encoder.save(encoder, place)
-            else:
-                encoder.save(place)
+            # Not the save of a custom class: load gives the tensors back to an instance that the caller made.
+            (Encoder if kind == _CUSTOM else type(encoder)).save(encoder, place)
             listed.append({"name": name, "kind": kind})
         try:
             head: dict[str, Any] | None = head_to_config(self.head)
@@ -279,9 +276,7 @@ def _kind(encoder: Encoder) -> str:
 
 
 def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _flush(folder: Path) -> None:
@@ -313,10 +308,8 @@ def _read_index(file: Path) -> tuple[list[tuple[str, str]], dict[str, Any] | Non
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{file} cannot be read ({error}); is this the directory of a saved model?") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        version = document.get("format") if isinstance(document, dict) else None
-        raise FormatError(
-            f"{file} has format {version!r}, this version of quatcache reads {_FORMAT}; upgrade quatcache"
-        )
+        found = document.get("format") if isinstance(document, dict) else None
+        raise FormatError(f"{file} has format {found!r}, this version of quatcache reads {_FORMAT}; upgrade quatcache")
     listed: list[tuple[str, str]] = []
     entries = document.get("encoders")
     if not isinstance(entries, list) or not entries:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from quatcache import cli
 
@@ -57,8 +59,6 @@ def test_config_of_the_repository_is_complete_and_the_command_line_overrides_the
     with pytest.raises(SystemExit) as stop:
         cli.main(["fit", "--config", config, "--model.init_args.cache.batch_size", "128", "--print_config"])
     assert stop.value.code == 0
-    import yaml
-
     printed = yaml.safe_load(capsys.readouterr().out)
     cache = printed["model"]["init_args"]["cache"]
     assert cache["batch_size"] == 128
@@ -74,12 +74,20 @@ def test_unknown_cache_field_is_refused_by_name(jsonargparse, in_folder, capsys)
     assert "batchsize" in capsys.readouterr().err
 
 
-def test_cache_setting_that_cannot_work_is_one_sentence(jsonargparse, in_folder, capsys):
+def test_cache_setting_that_cannot_work_is_one_line(jsonargparse, in_folder, capsys):
     config = str(ROOT / "configs" / "icd10.yaml")
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "--config", config, "--model.init_args.cache.batch_size", "0"])
-    assert stop.value.code != 0
-    assert "batch_size" in capsys.readouterr().err
+    assert cli.main(["fit", "--config", config, "--model.init_args.cache.batch_size", "0"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("quatcache: batch_size is 0")
+
+
+def test_error_that_is_not_quatcaches_own_is_not_swallowed(monkeypatch):
+    def broken(arguments):
+        raise RuntimeError("not ours")
+
+    monkeypatch.setitem(cli.COMMANDS, "fit", ("", broken))
+    with pytest.raises(RuntimeError, match="not ours"):
+        cli.main(["fit"])
 
 
 MODEL_BESIDE_THE_YAML = """
@@ -133,13 +141,33 @@ TINY_CONFIG = {
 }
 
 
-def test_model_that_lies_beside_the_yaml_trains_and_its_second_run_encodes_nothing(jsonargparse, in_folder):
+@pytest.fixture
+def tiny(in_folder):
     (in_folder / "tiny_model_beside.py").write_text(MODEL_BESIDE_THE_YAML, encoding="utf-8")
     (in_folder / "tiny.yaml").write_text(json.dumps(TINY_CONFIG), encoding="utf-8")  # JSON is YAML
+    yield in_folder
+    sys.modules.pop("tiny_model_beside", None)
+
+
+def test_model_that_lies_beside_the_yaml_trains_and_its_second_run_encodes_nothing(jsonargparse, tiny):
     assert cli.main(["fit", "--config", "tiny.yaml"]) == 0
     calls = sys.modules["tiny_model_beside"].CALLS
     assert set(calls) == set(range(10))
     calls.clear()
     assert cli.main(["fit", "--config", "tiny.yaml"]) == 0
     assert calls == []
-    sys.modules.pop("tiny_model_beside")
+
+
+def test_config_that_a_run_leaves_behind_repeats_it(jsonargparse, tiny):
+    assert cli.main(["fit", "--config", "tiny.yaml", "--model.init_args.lr", "0.25"]) == 0
+    saved = yaml.safe_load((tiny / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["lr"] == 0.25
+    assert cli.main(["fit", "--config", "config.yaml"]) == 0
+
+
+def test_optimizer_of_the_command_line_takes_the_place_of_the_models(jsonargparse, tiny, monkeypatch):
+    stepped = []
+    real = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *args: [stepped.append(1), real(self, *args)][1])
+    assert cli.main(["fit", "--config", "tiny.yaml", "--optimizer", "SGD", "--optimizer.lr", "0.1"]) == 0
+    assert len(stepped) == 6  # three epochs of two batches

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,12 +107,10 @@ def test_epoch_lasts_from_its_start_to_its_end():
     ticks = iter([10.0, 12.5, 20.0, 21.0])
     log = EpochLog(clock=lambda: next(ticks))
 
-    class Trainer:
-        callback_metrics = {"val_accuracy": torch.tensor(0.5)}
-
+    trainer = SimpleNamespace(callback_metrics={"val_accuracy": torch.tensor(0.5)})
     for _ in range(2):
-        log.on_train_epoch_start(Trainer(), None)
-        log.on_train_epoch_end(Trainer(), None)
+        log.on_train_epoch_start(trainer, None)
+        log.on_train_epoch_end(trainer, None)
     assert log.seconds == [2.5, 1.0]
     assert log.accuracy == [0.5, 0.5]
 
@@ -119,20 +118,12 @@ def test_epoch_lasts_from_its_start_to_its_end():
 def test_collector_keeps_its_epoch_only():
     collector = RowCollector(epoch=1)
 
-    class Batch:
-        inputs = {"default": torch.ones(2, 3)}
-        targets = (torch.zeros(2),)
-
-    class Trainer:
-        sanity_checking = False
-        current_epoch = 0
-
-    trainer = Trainer()
     for epoch in range(3):
-        trainer.current_epoch = epoch
-        collector.on_train_batch_start(trainer, None, Batch(), 0)
+        batch = SimpleNamespace(inputs={"default": torch.full((2, 3), epoch)}, targets=(torch.zeros(2),))
+        trainer = SimpleNamespace(current_epoch=epoch)
+        collector.on_train_batch_start(trainer, None, batch, 0)
     rows, labels = collector.rows("train")
-    assert rows.shape == (2, 3)
+    assert torch.equal(rows, torch.ones(2, 3, dtype=rows.dtype))
     assert labels.shape == (2,)
 
 

@@ -160,6 +160,7 @@ def test_subclass_of_a_built_in_encoder_is_the_users_own(wordllama, tmp_path):
         def forward(self, inputs):
             return super().forward(inputs) + 1
 
+    Shifted.__qualname__ = SentenceTransformerEncoder.__qualname__
     model = ServableModel({"text": Shifted(wordllama)}, LinearHead(256, 2))
     model.save(tmp_path / "model")
     with pytest.raises(ConfigError, match="encoder 'text' is of a class that its files cannot rebuild"):

@@ -135,9 +135,7 @@ def logistic_regression(collector: RowCollector) -> float:
     return float(model.score(embeddings.numpy(), chapters.numpy()))
 
 
-def summarise(
-    sizes: tuple[int, int], first: Fit, uncached: Fit, second: Fit, regression: float
-) -> dict[str, Any]:
+def summarise(sizes: tuple[int, int], first: Fit, uncached: Fit, second: Fit, regression: float) -> dict[str, Any]:
     """Put the figures together.
 
     Args:

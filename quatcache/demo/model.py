@@ -166,6 +166,4 @@ class ICD10DataModule(LightningDataModule):
         if self.split is None:
             raise ConfigError("the texts are not read yet; call setup() first, as a Trainer does")
         generator = torch.Generator().manual_seed(self.seed) if settings.get("shuffle") else None
-        return DataLoader(
-            getattr(self.split, side), num_workers=self.num_workers, generator=generator, **settings
-        )
+        return DataLoader(getattr(self.split, side), num_workers=self.num_workers, generator=generator, **settings)

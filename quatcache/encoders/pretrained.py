@@ -124,16 +124,17 @@ def chain_facts(model: nn.Module) -> dict[str, JSON]:
     names = [type(module).__name__ for module in model.children()]
     for index, (path, module) in enumerate(model.named_children()):
         label = names[index].lower() if names.count(names[index]) == 1 else f"{names[index].lower()}_{index}"
-        facts.update(_module_in_chain(module, label, f"{path}.", tensors))
+        facts.update(_module_in_chain(module, label, "" if index == 0 else f"{label}.", f"{path}.", tensors))
     return {**facts, **weight_facts(tensors), "modules": list(names)}
 
 
-def _module_in_chain(module: Any, label: str, path: str, tensors: dict[str, Tensor]) -> dict[str, JSON]:
+def _module_in_chain(module: Any, label: str, prefix: str, path: str, tensors: dict[str, Tensor]) -> dict[str, JSON]:
     """List the facts of one module of the chain, and collect its tensors.
 
     Args:
         module: The module.
         label: Begins the names of its facts.
+        prefix: Begins the names of the facts of its tokenizer, with its dot; routes have one each.
         path: Begins the names of its tensors, with its dot.
         tensors: Receives the tensors; their names do not depend on how a version calls the model inside.
     """
@@ -143,7 +144,7 @@ def _module_in_chain(module: Any, label: str, path: str, tensors: dict[str, Tens
     if isinstance(inner, nn.Module):
         tensors.update((path + name, tensor) for name, tensor in model_tensors(inner).items())
         facts.update(model_facts(inner, f"{label}."))
-        facts.update(processor_facts(getattr(module, "processor", None) or module.tokenizer))
+        facts.update(processor_facts(getattr(module, "processor", None) or module.tokenizer, prefix))
         if not hasattr(module, "processor"):  # before version 5.2, and then the normalizer does not tell
             facts[f"{label}.do_lower_case"] = bool(getattr(module, "do_lower_case", False))
     elif isinstance(routes, nn.ModuleDict):
@@ -151,7 +152,7 @@ def _module_in_chain(module: Any, label: str, path: str, tensors: dict[str, Tens
             for name, stage in stages.named_children():
                 nested = f"{label}.{route}.{name}"
                 facts[nested] = type(stage).__name__
-                facts.update(_module_in_chain(stage, nested, f"{path}{route}.{name}.", tensors))
+                facts.update(_module_in_chain(stage, nested, f"{nested}.", f"{path}{route}.{name}.", tensors))
         for key, target in getattr(module, "route_mappings", {}).items():
             facts[f"{label}.routes.{key}"] = target
         facts[f"{label}.default_route"] = getattr(module, "default_route", None)
@@ -161,7 +162,10 @@ def _module_in_chain(module: Any, label: str, path: str, tensors: dict[str, Tens
     else:
         tensors.update((path + name, tensor) for name, tensor in module.state_dict(keep_vars=True).items())
         if getattr(module, "tokenizer", None) is not None:
-            describe(module.tokenizer, "tokenizer", facts)
+            describe(module.tokenizer, f"{prefix}tokenizer", facts)
+    length = getattr(module, "max_seq_length", None)
+    if prefix and isinstance(length, int):
+        facts[f"{prefix}max_seq_length"] = length
     config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
     if hasattr(module, "pooling_mode") or hasattr(module, "get_pooling_mode_str"):
         mode = module.pooling_mode if hasattr(module, "pooling_mode") else module.get_pooling_mode_str()

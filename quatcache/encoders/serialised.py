@@ -25,7 +25,7 @@ _IGNORED = frozenset(
     {
         *("architectures", "auto_map", "batch_size", "cache_dir", "cache_folder", "device", "devices", "dtype"),
         *("feature_extractor_type", "gradient_checkpointing", "id2label", "image_processor_type", "initializer_factor"),
-        *("initializer_range", "label2id", "learning_rate", "log_level", "lr", "model_name_or_path", "name_or_path"),
+        *("initializer_range", "label2id", "learning_rate", "log_level", "lr"),
         *("num_workers", "output_attentions", "output_hidden_states", "problem_type", "processor_class", "return_dict"),
         *("tokenizer_file", "torch_dtype", "trainable", "training", "transformers_version", "use_cache", "verbose"),
         *("video_processor_type", "vocab_file", "warnings_issued", "weight_decay"),

@@ -80,10 +80,11 @@ class Manifest:
         Raises:
             FormatError: The store holds rows of another shape or dtype.
         """
-        if self.shards and (self.row_shape, self.dtype) != (row_shape, dtype):
+        held, added = (self.row_shape, self.dtype, self.given_dtype), (row_shape, dtype, given_dtype)
+        if self.shards and held != added:
             raise FormatError(
-                f"the store of encoder {self.digest} holds {self.dtype} rows of shape {self.row_shape}, not {dtype} "
-                f"rows of shape {row_shape}; delete its directory to have it filled again."
+                f"the store of encoder {self.digest} holds rows of (shape, stored dtype, given dtype) {held}, not {added}; "
+                "delete its directory to have it filled again."
             )
         created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
         return replace(

@@ -56,7 +56,7 @@ class MemoryStore:
             try:
                 self._mapping[key] = value
             except ValueError:  # cachetools: "value too large"; the caller still has its answer
-                continue
+                self._mapping.pop(key, None)  # what the key had before is its value no longer
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put values in the order of their positions."""

@@ -170,7 +170,7 @@ class MemoryLoader(DataLoader[Any]):
         if not (self.seeds_once and self._seeded):
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
             self._seeded = True
-        waiting = deque(islice(indices, self.ahead))
+        waiting: deque[Sequence[int]] = deque(islice(indices, self.ahead))
         return self._batches(indices, waiting)
 
     def _batches(self, indices: Iterator[Sequence[int]], waiting: deque[Sequence[int]]) -> Iterator[Batch]:

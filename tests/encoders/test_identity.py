@@ -27,6 +27,7 @@ from quatcache.encoders import (
     TransformersEncoder,
     identify,
 )
+from quatcache.encoders.pretrained import model_tensors
 from quatcache.errors import ModelDefinitionError
 from tests.encoders_for_tests import TableEncoder, ThresholdCollate, stack_floats
 
@@ -178,6 +179,19 @@ def test_autocast_counts(minilm, original):
     assert original.differences(changed) == ['autocast null -> "bfloat16"']
 
 
+def test_adapter_adds_weights_and_takes_none_away(own_minilm, original):
+    lora(own_minilm)
+    lines = [line for line in original.differences(identify(adapt(own_minilm))) if "weights" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("new weights in 0.encoder.layer.0")
+
+
+def test_positions_counted_by_the_model_are_no_weights():
+    model = nn.Linear(2, 2)
+    model.register_buffer("position_ids", torch.arange(4))
+    assert set(model_tensors(model)) == {"weight", "bias"}
+
+
 def test_adapter_that_is_disabled_differs_from_one_that_is_active(own_minilm):
     inner = lora(own_minilm)
     active = identify(adapt(own_minilm))
@@ -258,6 +272,7 @@ def test_one_weight_of_a_transformers_encoder_is_named_by_layer(own_minilm):
 def test_routes_of_a_router_count(wordllama):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Router
+    from tokenizers.normalizers import Lowercase
 
     def build(change=lambda routes: None, **settings):
         routes = {"query": [copy.deepcopy(wordllama[0])], "document": [copy.deepcopy(wordllama[0])]}
@@ -270,8 +285,15 @@ def test_routes_of_a_router_count(wordllama):
     assert before.differences(build(default_route="document")) == ['router.default_route "query" -> "document"']
     normalized = before.differences(build(lambda routes: routes["query"].append(Normalize())))
     assert normalized == ['router.query.1 (none) -> "Normalize"']
+    for route in ("query", "document"):  # each has a tokenizer of its own
+
+        def lower(routes, route=route):
+            routes[route][0].tokenizer.normalizer = Lowercase()
+
+        (line, *_) = before.differences(build(lower))
+        assert line.startswith(f"router.{route}.0.tokenizer.normalizer.")
     (line,) = before.differences(build(lambda routes: routes["document"][0].embedding.weight.data.add_(1)))
-    assert line.startswith("weights differ in 0.document.0.embedding")
+    assert line == "weights differ in 0.document.0"
     mapped = before.differences(build(route_mappings={("query", None): "document"}))
     assert mapped == ["router.routes.('query', None) (none) -> \"document\""]
 
@@ -299,6 +321,19 @@ def test_module_of_the_users_own_in_the_chain_counts(own_minilm):
     before = identify(encoder)
     own_minilm[3].factor = 2.0
     assert before.differences(identify(encoder)) == ["3.factor 1.0 -> 2.0"]
+
+
+def test_each_route_has_its_own_maximal_length(minilm_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Router, Transformer
+
+    routes = {name: [Transformer(str(minilm_path)), Pooling(384)] for name in ("query", "document")}
+    model = SentenceTransformer(modules=[Router(routes, default_route="query")], device="cpu")
+    before = identify(adapt(model))
+    for name in routes:
+        routes[name][0].max_seq_length = 100
+        changed = identify(adapt(model))
+        assert f"router.{name}.0.max_seq_length 512 -> 100" in before.differences(changed)
 
 
 # --- what must not change it ---
@@ -588,6 +623,7 @@ def test_transformers_model_inside_a_module_counts_by_its_configuration(own_mini
     before = identify(encoder)
     assert "name_or_path" not in json.dumps(dict(before.facts))
     own_minilm[0].auto_model.name_or_path = "/elsewhere"
+    own_minilm[0].auto_model.encoder.layer[0].set_by_a_newer_version = 5
     assert identify(encoder) == before
     own_minilm[0].auto_model.config.hidden_act = "relu"
     assert before.differences(identify(encoder)) == ['module.bert.config.hidden_act (none) -> "relu"']
@@ -610,9 +646,9 @@ class SlowTokenizer:
     """What a tokenizer of transformers 4 without a Rust backend offers."""
 
     padding_side, truncation_side, chat_template = "right", "right", "{{ x }}"
-    special_tokens_map = {"pad_token": "[PAD]"}
 
     def __init__(self, **settings):
+        self.special_tokens_map = {"pad_token": "[PAD]"}
         self.init_kwargs = {"do_lower_case": True, "name_or_path": "/models/a", **settings}
         self.vocabulary = {"a": 0, "b": 1}
 

@@ -156,6 +156,25 @@ def test_forward_leaves_its_inputs_as_they_were(own_minilm, include_prompt):
     assert torch.equal(encoder(inputs), first)
 
 
+def test_pooling_that_writes_into_the_mask_leaves_the_inputs_alone(own_minilm):
+    class InPlace(nn.Module):
+        def __init__(self, pooling):
+            super().__init__()
+            self.pooling = pooling
+
+        def forward(self, features):
+            features["attention_mask"][:, : features["prompt_length"]] = 0  # as in sentence-transformers 3
+            return self.pooling(features)
+
+    own_minilm[1] = InPlace(own_minilm[1])
+    encoder = SentenceTransformerEncoder(own_minilm, prompt="a long prompt: ")
+    inputs = encoder.collate(TEXTS)
+    before = inputs["attention_mask"].clone()
+    first = encoder(inputs)
+    assert torch.equal(inputs["attention_mask"], before)
+    assert torch.equal(encoder(inputs), first)
+
+
 def test_collate_fn_is_light_and_collates_alike(minilm):
     encoder = SentenceTransformerEncoder(minilm, prompt="classify: ")
     pickled = pickle.dumps(encoder.collate_fn())
@@ -243,6 +262,15 @@ def test_saved_encoder_comes_back(own_minilm, tmp_path, settings):
     assert (loaded.prompt, loaded.role) == (encoder.prompt, encoder.role)
     assert not loaded.training
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".txt"}
+
+
+def test_no_prompt_stays_none_beside_the_default_of_the_model(own_minilm, tmp_path):
+    own_minilm.prompts, own_minilm.default_prompt_name = {"other": "else: "}, "other"
+    encoder = SentenceTransformerEncoder(own_minilm)
+    assert encoder.prompt == "else: "
+    encoder.prompt = None
+    encoder.save(tmp_path)
+    assert not SentenceTransformerEncoder.load(tmp_path).prompt
 
 
 def test_half_precision_survives_saving(own_minilm, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def test_digest_depends_on_values_dtype_and_shape_alone(dtype, shape):
         assert tensor_digest(changed) != tensor_digest(tensor)
 
 
+def test_same_bytes_of_another_dtype_are_another_tensor():
+    assert tensor_digest(torch.zeros(4, dtype=torch.int8)) != tensor_digest(torch.zeros(4, dtype=torch.uint8))
+
+
 def test_layout_does_not_matter():
     tensor = torch.randn(4, 5)
     assert tensor_digest(tensor.t().contiguous().t()) == tensor_digest(tensor)
@@ -100,9 +105,12 @@ def test_remembered_digest_is_trusted_only_while_the_bits_are_the_same(monkeypat
 
 
 def test_remembered_digest_is_not_that_of_a_tensor_that_is_gone():
-    for seed in range(50):  # memory and ids are used again
-        tensor = torch.full((1000,), float(seed))
-        assert weights._remembered_digest(tensor, tensor) == tensor_digest(tensor)
+    tensor, gone = torch.ones(3), torch.ones(3)
+    weights._remembered_digest(tensor, tensor)
+    _, state, digest = weights._remembered[id(tensor)]
+    # As if another tensor had had this id, this memory and these sums.
+    weights._remembered[id(tensor)] = (weakref.ref(gone), state, "digest of the other")
+    assert weights._remembered_digest(tensor, tensor) == digest
 
 
 @pytest.mark.gpu

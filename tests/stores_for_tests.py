@@ -1,0 +1,121 @@
+"""Every store under one face: names as keys, whole numbers as what is stored, so that one test serves them all."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from cachetools import LRUCache, TTLCache
+
+from quatcache.keys import content_keys
+from quatcache.store import DiskStore, MemoryStore, TensorStore
+
+DIGEST = "0123456789abcdef" * 2
+
+# What a careless store takes for "nothing": each must come back as itself.
+OBJECTS = (None, 0, False, "", (), float("nan"), [], b"", "seven", 8)
+NUMBERS = (0.0, float("nan"), float("inf"), -1.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class ObjectCase:
+    """A mapping store: keys are the names, values are Python objects."""
+
+    keeps_everything = True
+
+    def __init__(self, mapping=None, keeps_everything=True):
+        self.store = MemoryStore(mapping)
+        self.keeps_everything = keeps_everything
+
+    def keys(self, names):
+        return [f"key {name}" for name in names]
+
+    def values(self, numbers):
+        return [OBJECTS[number] for number in numbers]
+
+    def plain(self, values):
+        assert isinstance(values, list)
+        return [repr(value) for value in values]
+
+
+class RowCase:
+    """A row store: keys are hashes, values are rows of two floats."""
+
+    keeps_everything = True
+
+    def __init__(self, store):
+        self.store = store
+
+    def keys(self, names):
+        return content_keys([f"key {name}" for name in names])
+
+    def values(self, numbers):
+        return torch.tensor([[NUMBERS[number], float(number)] for number in numbers]).reshape(-1, 2)
+
+    def plain(self, values):
+        assert isinstance(values, torch.Tensor)
+        return [repr(row) for row in values.tolist()]
+
+
+STORES = (
+    "memory", "lru", "ttl", "declining", "tensor", "tensor-float16", "disk", "disk-shards", "disk-reopened", "loaded",
+)  # fmt: skip
+EXACT = tuple(name for name in STORES if name not in {"lru", "ttl", "declining"})
+
+
+@contextmanager
+def opened(name, clock=None):
+    """Open an empty store of one kind, wrapped in its case."""
+    clock = clock or Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        if name == "memory":
+            yield ObjectCase()
+        elif name == "lru":
+            yield ObjectCase(LRUCache(maxsize=3), keeps_everything=False)
+        elif name == "ttl":
+            yield ObjectCase(TTLCache(maxsize=100, ttl=2.5, timer=clock), keeps_everything=False)
+        elif name == "declining":
+            sizes = LRUCache(maxsize=5, getsizeof=lambda value: 9 if value in (None, "seven") else 1)
+            yield ObjectCase(sizes, keeps_everything=False)
+        elif name == "tensor":
+            yield RowCase(TensorStore())
+        elif name == "tensor-float16":
+            yield RowCase(TensorStore(dtype=torch.float16, capacity=5))
+        elif name == "disk":
+            yield RowCase(DiskStore(path, DIGEST))
+        elif name == "disk-shards":  # every put is a shard of its own
+            yield RowCase(DiskStore(path, DIGEST, shard_bytes=1))
+        elif name == "disk-reopened":
+            yield RowCase(Reopening(path))
+        else:
+            yield RowCase(DiskStore(path, DIGEST).load())
+
+
+class Reopening:
+    """A disk store that is flushed after each put and opened anew for each other call."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def put_many(self, keys, values):
+        store = DiskStore(self._path, DIGEST)
+        store.put_many(keys, values)
+        store.flush()
+
+    def __len__(self):
+        return len(DiskStore(self._path, DIGEST))
+
+    def __getattr__(self, name):
+        return getattr(DiskStore(self._path, DIGEST), name)
