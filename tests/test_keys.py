@@ -115,7 +115,7 @@ def test_different_content_has_different_keys():
         (b"a", np.bytes_(b"a")),
         (np.arange(6).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3))),
         (np.arange(3), np.arange(6)[::-2][::-1] // 2),
-        (torch.arange(6).reshape(2, 3), torch.arange(6).reshape(3, 2).t().contiguous().reshape(2, 3).sort().values * 0 + torch.arange(6).reshape(2, 3)),
+        (torch.arange(3), torch.arange(6)[::2] // 2),
         (torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3).t().contiguous().t()),
         (torch.tensor([3.0]), torch.arange(10.0).reshape(2, 5)[:1, 3]),
         (torch.tensor([-2.0]), torch.tensor([1 + 2j]).conj().imag),
@@ -145,9 +145,11 @@ def test_array_and_tensor_of_a_slice_are_hashed_without_the_rest():
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 content = st.recursive(
     plain,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.lists(inner, max_size=4).map(tuple)
-    | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=4)
+    ),
     max_leaves=10,
 )
 
@@ -244,7 +246,9 @@ def test_item_within_itself_is_refused():
         content_keys([item])
 
 
-@pytest.mark.parametrize("value", [[1], {"a": 1}, np.int64(1), np.float64(1.0), np.str_("a"), Opaque(), bytearray(b"a"), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "value", [[1], {"a": 1}, np.int64(1), np.float64(1.0), np.str_("a"), Opaque(), bytearray(b"a"), torch.tensor(1)]
+)
 @pytest.mark.parametrize("wrap", [lambda value: value, lambda value: ("a", (value,))], ids=["alone", "nested"])
 def test_extracted_value_of_another_type_is_refused(value, wrap):
     with pytest.raises(KeyTypeError, match=rf"holds a {type(value).__name__}; return str, bytes, int"):

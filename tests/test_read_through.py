@@ -52,9 +52,7 @@ def interleaved(positions):
     return [part for part in (positions[1::2], positions[::2]) if len(part)]
 
 
-BATCHES = st.one_of(
-    st.none(), st.integers(1, 4), st.integers(1, 3).map(backwards), st.just(interleaved)
-)
+BATCHES = st.one_of(st.none(), st.integers(1, 4), st.integers(1, 3).map(backwards), st.just(interleaved))
 NAMES = st.lists(st.integers(0, 9), max_size=12)
 
 

@@ -88,6 +88,11 @@ class SampleLayout:
     loss_arguments: Callable[[Columns], Columns]
 
 
+def _group_arguments(columns: Columns) -> Columns:
+    """Give the groups ``(B,)``."""
+    return columns
+
+
 def _pair_arguments(columns: Columns) -> Columns:
     """Give pairs ``(B, 2)``, labels ``(B,)`` and subgroups ``(2B,)``."""
     labels, subgroups = columns
@@ -96,7 +101,7 @@ def _pair_arguments(columns: Columns) -> Columns:
     return torch.stack([first, first + size], dim=1), labels, subgroups.repeat(2)
 
 
-GROUPS = SampleLayout("group", 1, lambda columns: columns)
+GROUPS = SampleLayout("group", 1, _group_arguments)
 PAIRS = SampleLayout("pair", 2, _pair_arguments)
 LAYOUTS: Mapping[str, SampleLayout] = {layout.name: layout for layout in (GROUPS, PAIRS)}
 

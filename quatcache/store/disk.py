@@ -293,7 +293,7 @@ def _checked(
     keys, rows = tensors.get("keys"), tensors.get("values")
     if keys is None or rows is None or keys.dtype != torch.int64 or tuple(keys.shape) != (entry.rows, 2):
         raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
-    if (len(rows), tuple(rows.shape[1:]), rows.dtype) != (entry.rows, manifest.row_shape, manifest.dtype):
+    if (tuple(rows.shape), rows.dtype) != ((entry.rows, *(manifest.row_shape or ())), manifest.dtype):
         raise FormatError(
             f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape)} instead of {entry.rows} {manifest.dtype} "
             f"rows of shape {manifest.row_shape}; it is encoded again."

@@ -51,13 +51,19 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
     Args:
         path: Where; the directory is made if need be.
-        tensors: Tensors on any device; they need not be contiguous.
+        tensors: Tensors on any device; they need not be contiguous, and may share memory.
         metadata: Strings for the header.
 
     Raises:
         StoreError: The file cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        plain[name] = whole.clone() if place in storages else whole  # safetensors refuses tensors that share memory
+        storages.add(place)
     _replace(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
 
 

@@ -77,7 +77,7 @@ def write_table(directory: Path, table: DatasetTable) -> Path:
     path = directory / f"{digest}.safetensors"
     try:
         _read_table(path)
-    except FormatError:  # not there, or damaged since
+    except (FormatError, StoreError):  # not there, or damaged since
         write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
     return path
 

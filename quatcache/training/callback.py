@@ -63,6 +63,10 @@ class CacheCallback(Callback):
         if session is not None:
             session.restore()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run behind: copies of a model, as some callbacks and spawned workers make them, are not in it."""
+        return {**self.__dict__, "_session": None}
+
     def state_dict(self) -> dict[str, Any]:
         """Give nothing: a cache is not part of a checkpoint."""
         return {}

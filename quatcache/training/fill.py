@@ -6,13 +6,14 @@ is not encoded again; so a warm start reads a sample of items only, and a grown 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import LAYOUTS, SampleLayout
@@ -92,7 +93,7 @@ class DatasetFill:
     targets: bool = False
     number: int = 0
     table: DatasetTable | None = None
-    _to_read: list[int] = field(default_factory=list)
+    _to_read: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _targets_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -134,8 +135,8 @@ class DatasetFill:
             keys = self.table.keys[encoder.name]  # type: ignore[union-attr]
             missing = encoder.store.missing(keys.reshape(-1, 2)) // keys.shape[1]
             wanted[missing] = True
-        self._to_read = np.flatnonzero(wanted).tolist()
-        if self._to_read and not by_index and (item := differing_item(reader)) is not None:
+        self._to_read = np.flatnonzero(wanted)
+        if len(self._to_read) and not by_index and (item := differing_item(reader)) is not None:
             raise ConfigError(
                 f"item {item} of the {self.name} dataset differs between two reads, and a cache would keep one of them "
                 "for ever; use a fixed transform for it, or return None from configure_caches()."
@@ -159,10 +160,10 @@ class DatasetFill:
         for encoder in self.encoders if self.table is not None else ():
             known = (len(self.dataset) - len(self._to_read)) * self.table.keys[encoder.name].shape[1]  # type: ignore[union-attr]
             encoder.counts += Counts(asked=known, hits=known)
-        if not self._to_read:
+        if not len(self._to_read):
             return
         size = batch_size * WINDOW
-        chunks = [self._to_read[start : start + size] for start in range(0, len(self._to_read), size)]
+        chunks = BatchSampler(_Indices(self._to_read), size, drop_last=False)
         loader = DataLoader(
             self.chunk_reader,
             batch_sampler=chunks,
@@ -200,6 +201,19 @@ class DatasetFill:
             assert (numbers >= 0).all(), f"encoder {encoder.name} lacks rows after its fill"
             rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))
         return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
+
+
+class _Indices(Sampler[int]):
+    """Yields indices as Python ints, which is what datasets expect, without a list of all of them."""
+
+    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
 
 
 class _Columns:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from quatcache.data.batches import Batch, BatchReader, CachedColumns, collate_samples
 from quatcache.errors import LoaderError
 
-__all__ = ["checked_loader", "convert_loader"]
+__all__ = ["MemoryLoader", "checked_loader", "convert_loader"]
 
 Collates = Mapping[str, Callable[[Sequence[Any]], Any]]
 SampleReader = Callable[[Any], Any]

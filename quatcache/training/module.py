@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from quatcache.data.batches import Batch
-from quatcache.data.samples import ReadSample, read_sample
+from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.errors import ModelDefinitionError, shorten
 from quatcache.servable import ServableModel
@@ -108,13 +108,12 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         """Return metrics by name, updated as ``metric(embeddings, *targets)`` and logged for validation and test."""
         return {}
 
-    def read_sample(self, sample: Any) -> ReadSample:
-        """Take apart what the dataset returned.
+    read_sample = staticmethod(read_sample)
+    """Takes apart what the dataset returned; override it for samples of your own.
 
-        Override it for samples of your own, and end with a call to ``super().read_sample`` or
-        :func:`quatcache.data.read_sample` on a supported kind. It runs in the workers of a loader.
-        """
-        return read_sample(sample)
+    Turn the sample into a supported kind and return :func:`quatcache.data.read_sample` of that. It runs in the workers
+    of a loader: as a static method it travels there alone, as a method it takes the model along.
+    """
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over what is trainable, with the model's ``lr`` attribute if it has one, else 1e-3."""

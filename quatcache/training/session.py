@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
 from quatcache.training.keying import KeyScheme, SharedKeys
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
-from quatcache.training.loaders import checked_loader, convert_loader
+from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
 from quatcache.training.placement import place_rows
 from quatcache.training.progress import fill_progress
 from quatcache.training.report import CacheReport, EncoderReport
@@ -75,6 +76,8 @@ class CacheSession:
         self._kept: list[Any] = []  # datasets stay alive while their ids are keys
         self._known = 0
         self.sources = LoaderSources(trainer, self._convert)
+        self._quiet = warnings.catch_warnings()
+        self._quiet.__enter__()
 
     @property
     def _reader(self) -> Callable[[Any], Any]:
@@ -94,7 +97,10 @@ class CacheSession:
             self._index([(checked, name)])
             columns = self._columns[id(checked.dataset)]
         collates = {name: encoder.collate_fn() for name, encoder in self._real.items() if name not in self._cached}
-        return convert_loader(checked, collates, self._reader, columns, self._gather if self._cached else None)
+        converted = convert_loader(checked, collates, self._reader, columns, self._gather if self._cached else None)
+        if isinstance(converted, MemoryLoader):  # Lightning advises workers for it; it reads nothing they could read
+            warnings.filterwarnings("ignore", message=f".*'{name.split()[0]}_dataloader' does not have many workers")
+        return converted
 
     def _gather(self, batch: Batch) -> Batch:
         inputs = dict(batch.inputs)
@@ -275,6 +281,7 @@ class CacheSession:
     def restore(self) -> None:
         """Put encoders and loader sources back, on the device where the module is now."""
         self.sources.restore()
+        self._quiet.__exit__(None, None, None)
         for name in self._cached:
             if isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = self._real[name].to(self._module.device)

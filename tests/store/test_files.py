@@ -27,6 +27,17 @@ def test_tensors_and_metadata_come_back(tmp_path):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
 
 
+def test_tensors_that_share_memory_are_written_each(tmp_path):
+    whole = torch.arange(6)
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"whole": whole, "again": whole, "part": whole[2:4]})
+    assert {name: tensor.tolist() for name, tensor in open_tensors(path)[0].items()} == {
+        "whole": whole.tolist(),
+        "again": whole.tolist(),
+        "part": [2, 3],
+    }
+
+
 def test_json_comes_back_and_replaces_the_old(tmp_path):
     path = tmp_path / "m.json"
     write_json(path, {"b": 1, "a": "ü"})
@@ -55,7 +66,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         monkeypatch.setattr(os, "fsync", fails)
     else:
         monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(StoreError, match=r"cannot write .*x\.safetensors: No space left on device; free space .* kept\."):
+    with pytest.raises(
+        StoreError, match=r"cannot write .*x\.safetensors: No space left on device; free space .* kept\."
+    ):
         write_tensors(path, {"a": torch.ones(2)})
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]

@@ -138,7 +138,9 @@ def test_values_of_wrong_types_and_sizes_are_refused(tmp_path, content, change):
         read(tmp_path, content | change)
 
 
-@pytest.mark.parametrize("missing", ["identity", "environment", "row_shape", "dtype", "given_dtype", "shards", "created"])
+@pytest.mark.parametrize(
+    "missing", ["identity", "environment", "row_shape", "dtype", "given_dtype", "shards", "created"]
+)
 def test_missing_entries_are_refused(tmp_path, content, missing):
     del content[missing]
     with pytest.raises(FormatError, match=f"damaged .*{missing}"):

@@ -1,0 +1,81 @@
+"""The loaders that take the place of the user's: same batches, light in workers, and no false alarm."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from quatcache import CacheConfig
+from quatcache.data import read_sample
+from quatcache.training.loaders import MemoryLoader
+from tests.fits import Model, Texts, fit, loader, same_run, texts
+
+
+class Upper(Model):
+    """Takes samples apart in a way of its own: a static method, so that it reaches workers alone."""
+
+    @staticmethod
+    def read_sample(sample):
+        text, group = sample
+        return read_sample((text.upper(), group))
+
+
+class Method(Model):
+    """The same as a method, which takes the model along."""
+
+    def read_sample(self, sample):
+        return read_sample((sample[0].upper(), sample[1]))
+
+
+@pytest.mark.parametrize("kind", [Model, Upper, Method])
+@pytest.mark.parametrize("cache", [None, CacheConfig(labels=False)], ids=["uncached", "labels read"])
+def test_workers_that_are_spawned_give_the_same_batches(kind, cache):
+    def run(**settings):
+        model = kind(cache=cache)
+        fit(model, loader(Texts(texts(16)), **settings), max_epochs=1)
+        return model
+
+    assert same_run(run(), run(num_workers=1, multiprocessing_context="spawn"))
+
+
+def test_a_sample_hook_decides_what_is_encoded():
+    model = Upper(cache=CacheConfig())
+    fit(model, loader(Texts(texts(16))))
+    assert set(model.encoders["default"]._collated) == {text.upper() for text in texts(16)}
+
+
+def test_a_cached_loader_is_not_blamed_for_having_no_workers():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(Model(cache=CacheConfig()), loader(Texts(texts(16))), loader(Texts(texts(8))))
+        assert not [each for each in told if "workers" in str(each.message)]
+        fit(Model(cache=CacheConfig(labels=False)), loader(Texts(texts(16))))
+    assert torch.get_num_threads() == 1 or [each for each in told if "workers" in str(each.message)]
+
+
+def test_a_model_can_be_copied_in_the_middle_of_a_cached_fit():
+    class Copies(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            copied = pickle.loads(pickle.dumps(pl_module.cache_callback))
+            assert copied.report.encoded == 16
+            self.copy = copy.deepcopy(pl_module)
+
+    copies = Copies()
+    fit(Model(cache=CacheConfig()), loader(Texts(texts(16))), callbacks=[copies], max_epochs=1)
+    assert copies.copy.encode(["oak"]).shape == (1, 5)
+
+
+def test_while_all_is_cached_batches_come_from_memory():
+    kinds = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            kinds.append(type(trainer.train_dataloader))
+
+    fit(Model(cache=CacheConfig()), loader(Texts(texts(16)), num_workers=2), callbacks=[Looks()])
+    assert kinds == [MemoryLoader]
