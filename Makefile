@@ -7,7 +7,7 @@
 #   make lint types   ruff and mypy
 #   make bench        the speed figures, each beside its bar
 #   make tutorials    execute the notebooks
-#   make charts       the demo, then imgs/*.png from its measured JSON
+#   make charts       the demo from an empty cache, then imgs/*.png from its figures
 #   make clean        remove .venv and what runs leave
 #
 # Another place for the environment: make test VENV=/some/where. Another Python: make test PYTHON=python3.12.
@@ -51,9 +51,11 @@ bench: $(VENV)/.bench
 tutorials: $(VENV)/.tutorials
 	$(RUN) -u tutorials/execute.py
 
+# From an empty cache: the chart shows a fill.
 charts: $(VENV)/.bench
-	$(RUN) -u -m quatcache.demo --json results/demo.json $(DEMO_ARGS)
-	$(RUN) -u imgs/draw.py results/demo.json
+	rm -rf results/charts
+	$(RUN) -u -m quatcache.demo --json imgs/demo.json --cache-dir results/charts $(DEMO_ARGS)
+	$(RUN) -u imgs/draw.py imgs/demo.json
 
 clean:
 	rm -rf $(VENV) results cache lightning_logs checkpoints build dist

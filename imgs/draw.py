@@ -1,4 +1,4 @@
-"""Draw imgs/demo.png from the figures that the demo measured: ``python imgs/draw.py results/demo.json``.
+"""Draw imgs/demo.png from the figures that the demo measured: ``python imgs/draw.py imgs/demo.json``.
 
 Only measured numbers are drawn solid. The uncached run is timed for one epoch; its line beyond that is dashed.
 """

@@ -93,18 +93,21 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     cache = CacheConfig(batch_size=FILL_BATCH, save_dir=str(options.cache_dir))
     console.print(f"\n1. Fit {options.epochs} epochs from the cache in {options.cache_dir}")
-    first = fit(data, cache, options.epochs, encoder=options.encoder, collect=True)
+    with console.status("filling, then training"):
+        first = fit(data, cache, options.epochs, encoder=options.encoder, collect=True)
     print_cache(first, console)
 
     console.print("\n2. One epoch without a cache: every text goes through the encoder")
-    uncached = fit(data, None, 1, encoder=options.encoder)
+    with console.status("encoding"):
+        uncached = fit(data, None, 1, encoder=options.encoder)
     console.print(f"   {uncached.epochs.seconds[0]:.1f} s")
 
     assert first.collector is not None
     regression = logistic_regression(first.collector)
 
     console.print("\n3. The first fit once more, as a second run finds it")
-    second = fit(data, cache, options.epochs, encoder=options.encoder)
+    with console.status("training"):
+        second = fit(data, cache, options.epochs, encoder=options.encoder)
     print_cache(second, console)
 
     figures = summarise(sizes, first, uncached, second, regression)
@@ -175,10 +178,11 @@ def summarise(sizes: tuple[int, int], first: Fit, uncached: Fit, second: Fit, re
 
 
 def print_cache(done: Fit, console: Console) -> None:
-    """Print the report's line and how long the fit took."""
+    """Print what the cache did and how long the fit took; the fit's own line has said the rest."""
     assert done.report is not None
-    console.print(f"   {done.report.line()}")
-    console.print(f"   {len(done.epochs.seconds)} epochs, {done.total_seconds:.1f} s in all")
+    console.print(
+        f"   {done.report.encoded:,} items encoded, {len(done.epochs.seconds)} epochs, {done.total_seconds:.1f} s in all"
+    )
 
 
 def print_tables(figures: dict[str, Any], console: Console) -> None:

@@ -1,8 +1,8 @@
 """The tensors of an encoder: their names, and a digest of each.
 
 A digest is xxh3_128 over dtype, shape and bytes, so that neither device nor memory layout matters. On the CPU the
-bytes are hashed where they lie, at about the speed of memory: 100 MB take some 20 ms. It is therefore done anew each
-time. Remembering the digest by the tensor's identity, ``_version`` and ``data_ptr`` was tried and rejected for the
+bytes are hashed where they lie, at about the speed of memory: 100 MB take about 4 ms. It is therefore done anew each
+time. Remembering the digest by the tensor's identity, ``_version`` and ``data_ptr`` was rejected for the
 CPU: a write through ``.data`` changes none of the three, and that is how peft merges an adapter. Tensors on an
 accelerator must be copied first, which is slow; their digests are remembered, and trusted only while two sums over
 the bits, taken on the device, are unchanged.

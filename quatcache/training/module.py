@@ -212,8 +212,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
                     f"configure_encoders returned a {type(encoder).__name__} as encoder {name!r}; wrap it in a "
                     "ModuleEncoder, or subclass Encoder."
                 )
-            if not encoder.trainable:
-                encoder.eval()
+            encoder.train()  # a frozen one goes to eval mode, with all its parts
         self.encoders = EncoderDict(encoders)
         self.head = self._module("configure_head", sum(encoder.embedding_size for encoder in encoders.values()))
         self.loss = self._module("configure_loss")

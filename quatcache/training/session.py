@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from quatcache.data.batches import Batch, CachedColumns
@@ -76,12 +77,27 @@ class CacheSession:
         self._kept: list[Any] = []  # datasets stay alive while their ids are keys
         self._known = 0
         self.sources = LoaderSources(trainer, self._convert)
+        self._leave_to_ranks()
         self._quiet = warnings.catch_warnings()
         self._quiet.__enter__()
 
     @property
     def _reader(self) -> Callable[[Any], Any]:
         return getattr(self._module, "read_sample", read_sample)
+
+    def _leave_to_ranks(self) -> None:
+        """Keep frozen encoders out of what DDP sends around.
+
+        Every rank has built them, DDP would broadcast their buffers at each step, and it stops with an internal error
+        when the buffers that it saw at the start are gone because the encoders stand aside.
+        """
+        frozen = [name for name, encoder in self._real.items() if not encoder.trainable]
+        ignored = [
+            f"encoders.{name}.{tensor}"
+            for name in frozen
+            for tensor, _ in (*self._real[name].named_parameters(), *self._real[name].named_buffers())
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, ignored)  # type: ignore[no-untyped-call]
 
     def prepare(self) -> None:
         """Fill for all loaders of a fit in one pass; the loops get them converted when they ask."""
