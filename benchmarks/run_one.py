@@ -26,7 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     warnings.filterwarnings("ignore")  # advice on workers and devices, the same for every contender
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for talker in ("pytorch_lightning", "quatcache"):
+        logging.getLogger(talker).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if arguments.losses:
         result = losses_of(arguments.contender, arguments.shape, arguments.rows, arguments.epochs).tolist()

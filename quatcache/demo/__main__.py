@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What Lightning advises on workers, devices and modes is about other set-ups than this one.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # of loading the weights, which takes a moment
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading the weights: a moment
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -181,7 +181,7 @@ def print_cache(done: Fit, console: Console) -> None:
     """Print what the cache did and how long the fit took; the fit's own line has said the rest."""
     assert done.report is not None
     console.print(
-        f"   {done.report.encoded:,} items encoded, {len(done.epochs.seconds)} epochs, {done.total_seconds:.1f} s in all"
+        f"   {done.report.encoded:,} items encoded, {len(done.epochs.seconds)} epochs, {done.total_seconds:.1f} s"
     )
 
 

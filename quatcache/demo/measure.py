@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quatcache import CacheCallback, CacheConfig
+from quatcache import CacheConfig
 from quatcache.demo.model import DiagnosisClassifier, ICD10DataModule
 from quatcache.training.lightning import Callback, LightningModule, Trainer, pl
 from quatcache.training.report import CacheReport
@@ -143,10 +143,10 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(DiagnosisClassifier(encoder=encoder, cache=cache), datamodule=data)
-    caches = [callback for callback in trainer.callbacks if isinstance(callback, CacheCallback)]
+    model = DiagnosisClassifier(encoder=encoder, cache=cache)
+    trainer.fit(model, datamodule=data)
     return Fit(
-        report=caches[0].report if caches and cache is not None else None,
+        report=None if cache is None else model.cache_callback.report,
         epochs=log,
         total_seconds=time.perf_counter() - begun,
         collector=collector,

@@ -83,8 +83,8 @@ class Manifest:
         held, added = (self.row_shape, self.dtype, self.given_dtype), (row_shape, dtype, given_dtype)
         if self.shards and held != added:
             raise FormatError(
-                f"the store of encoder {self.digest} holds rows of (shape, stored dtype, given dtype) {held}, not {added}; "
-                "delete its directory to have it filled again."
+                f"the store of encoder {self.digest} holds rows of (shape, stored dtype, given dtype) {held}, not "
+                f"{added}; delete its directory to have it filled again."
             )
         created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
         return replace(

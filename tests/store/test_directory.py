@@ -84,12 +84,10 @@ def test_environment_names_hardware_and_libraries():
 
 def test_unwritable_directory_is_told_before_anything_is_computed(tmp_path):
     (tmp_path / "taken").write_text("")
+    named = r"cannot write into save_dir .*taken.*; permit writing there, name another"
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(
-            StoreError, match=r"cannot write into save_dir .*taken.*; permit writing there, name another"
-        ):
-            with CacheDirectory(path).filling():
-                raise AssertionError("the fill must not start")
+        with pytest.raises(StoreError, match=named), CacheDirectory(path).filling():
+            raise AssertionError("the fill must not start")
 
 
 def test_one_process_fills_while_others_wait_and_say_so(tmp_path, caplog):

@@ -165,5 +165,5 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_directory_in_its_place_is_a_store_error(tmp_path):
     (tmp_path / MANIFEST_NAME).mkdir()
-    with pytest.raises(StoreError, match="cannot read .*manifest.json: Is a directory; permit reading"):
+    with pytest.raises(StoreError, match=r"cannot read .*manifest\.json: Is a directory; permit reading"):
         Manifest.read(tmp_path)

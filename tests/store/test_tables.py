@@ -20,7 +20,7 @@ from quatcache.store.tables import DatasetTable, _digest, read_tables, write_tab
 def table(*names, targets=True, encoders=("text",), width=1):
     keys = content_keys([f"{name}" for name in names for _ in range(width)]).reshape(len(names), width, 2)
     columns = (torch.arange(len(names)), torch.ones(len(names), 3).bfloat16()) if targets else None
-    return DatasetTable({encoder: keys for encoder in encoders}, columns, "group")
+    return DatasetTable(dict.fromkeys(encoders, keys), columns, "group")
 
 
 def read(directory, encoders=("text",)):
