@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cachetools import LRUCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quatcache.errors import EncoderOutputError
 from quatcache.keys import content_keys
-from quatcache.store import DiskStore, Found, TensorStore
+from quatcache.store import DiskStore, Found, MemoryStore, TensorStore
 from tests.stores_for_tests import DIGEST, EXACT, STORES, opened
 
 NUMBERS = list(range(10))
@@ -66,6 +67,13 @@ def test_put_replaces(case):
     assert len(case.store) == 3
     found = case.store.get_many(case.keys(["a", "b", "c"]))
     assert case.plain(found.values) == case.plain(case.values([7, 5, 6]))
+
+
+def test_declined_value_does_not_leave_the_old_one_in_its_place():
+    store = MemoryStore(LRUCache(maxsize=4, getsizeof=len))
+    store.put_many(["a", "b"], ["old", "b"])
+    store.put_many(["a"], ["too long"])
+    assert store.missing(["a", "b"]).tolist() == [0]
 
 
 def test_empty_batches_change_nothing(case):
@@ -178,6 +186,7 @@ def test_rows_of_any_shape_and_dtype_come_back(tmp_path, kind, dtype, shape):
         store = DiskStore(tmp_path, DIGEST)
     if kind == "loaded":
         store = store.load()
+    assert store.row_shape == shape and torch.equal(store.get_many(keys[:3]).values, values[:3])
     store.put_many(keys[3:], values[3:])
     found = store.get_many(keys[[3, 1]])
     assert found.values.dtype == values.dtype and store.row_shape == shape

