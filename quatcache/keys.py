@@ -13,8 +13,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import struct
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import torch
 from xxhash import xxh3_128_digest
 
-from quatcache.errors import KeyTypeError, shorten
+from quatcache.canonical import canonical_bytes, plain_bytes, text_bytes
 
 __all__ = [
     "KeyArray",
@@ -39,7 +38,6 @@ KeyArray = npt.NDArray[np.int64]
 """Keys of N items: shape ``(N, 2)``, int64, C order."""
 
 _CONTENT, _TEXT, _EXTRACTED, _INDEX = b"c", b"t", b"e", b"i"
-_PLAIN_KEY_TYPES = "str, bytes, int, float, bool, None or tuples of these"
 
 
 def content_keys(items: Sequence[Any]) -> KeyArray:
@@ -63,7 +61,7 @@ def content_keys(items: Sequence[Any]) -> KeyArray:
         (True, False)
     """
     if all(type(item) is str for item in items):  # the common case, at more than a million texts a second
-        digests: Iterable[bytes] = (xxh3_128_digest(_TEXT + _encode(item)) for item in items)
+        digests: Iterable[bytes] = (xxh3_128_digest(_TEXT + text_bytes(item)) for item in items)
     else:
         digests = (_content_digest(item) for item in items)
     return _as_array(digests)
@@ -85,7 +83,7 @@ def extracted_keys(values: Sequence[Any]) -> KeyArray:
         >>> extracted_keys([17, ("a.jpg", 3)]).shape
         (2, 2)
     """
-    return _as_array(xxh3_128_digest(_EXTRACTED + _extracted_bytes(value)) for value in values)
+    return _as_array(xxh3_128_digest(_EXTRACTED + plain_bytes(value)) for value in values)
 
 
 def index_keys(indices: Iterable[int], salt: bytes) -> KeyArray:
@@ -116,138 +114,10 @@ def _as_array(digests: Iterable[bytes]) -> KeyArray:
     return read_only.astype(np.int64)  # a copy: torch warns of arrays that cannot be written
 
 
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
 def _content_digest(item: Any) -> bytes:
     if isinstance(item, str):  # the same bytes as the fast path: a str among other items keeps its key
-        return xxh3_128_digest(_TEXT + _encode(item))
-    parts: list[bytes] = [_CONTENT]
-    try:
-        _write(parts, item)
-    except RecursionError:
-        raise KeyTypeError(
-            f"an item is a {type(item).__name__} nested too deeply, or within itself, so it has no canonical bytes; "
-            f"give CacheConfig(key_extractors=...) a function that returns {_PLAIN_KEY_TYPES}."
-        ) from None
-    return xxh3_128_digest(b"".join(parts))
-
-
-def _sized(tag: bytes, payload: bytes) -> bytes:
-    return tag + struct.pack("<Q", len(payload)) + payload
-
-
-def _write_plain(parts: list[bytes], item: Any) -> bool:
-    """Append the canonical bytes of a plain value; say whether it was one."""
-    if item is None:
-        parts.append(b"N")
-    elif isinstance(item, bool):
-        parts.append(b"T" if item else b"F")
-    elif isinstance(item, str):
-        parts.append(_sized(b"S", _encode(item)))
-    elif isinstance(item, bytes | bytearray | memoryview):
-        parts.append(_sized(b"B", bytes(item)))
-    elif isinstance(item, int):
-        parts.append(_sized(b"I", f"{int(item):x}".encode()))  # str refuses more than 4,300 digits
-    elif isinstance(item, float):
-        parts.append(b"D" + struct.pack("<d", item))
-    else:
-        return False
-    return True
-
-
-def _extracted_bytes(value: Any) -> bytes:
-    parts: list[bytes] = []
-    _write_extracted(parts, value, value)
-    return b"".join(parts)
-
-
-def _write_extracted(parts: list[bytes], value: Any, whole: Any) -> None:
-    if isinstance(value, tuple):
-        parts.append(b"(" + struct.pack("<Q", len(value)))
-        for element in value:
-            _write_extracted(parts, element, whole)
-    elif isinstance(value, np.generic | memoryview | bytearray) or not _write_plain(parts, value):
-        raise KeyTypeError(
-            f"the key extractor returned {shorten(whole)}, which holds a {type(value).__name__}; "
-            f"return {_PLAIN_KEY_TYPES}."
-        )
-
-
-def _write(parts: list[bytes], item: Any) -> None:
-    """Append the canonical bytes of one item: a tag for the type, sizes where lengths vary, then the payload."""
-    if isinstance(item, np.generic) and not isinstance(item, str | bytes):
-        item = np.asarray(item)
-    if _write_plain(parts, item):
-        return
-    if isinstance(item, torch.Tensor):
-        parts.append(b"X")
-        _write_tensor(parts, item)
-    elif isinstance(item, np.ndarray):
-        parts.append(b"A")
-        _write_array(parts, item)
-    elif isinstance(item, complex):
-        parts.append(b"J" + struct.pack("<dd", item.real, item.imag))
-    elif isinstance(item, tuple | list):
-        parts.append((b"(" if isinstance(item, tuple) else b"[") + struct.pack("<Q", len(item)))
-        for element in item:
-            _write(parts, element)
-    elif isinstance(item, Mapping):
-        _write_mapping(parts, b"{", item)
-    elif dataclasses.is_dataclass(item) and not isinstance(item, type):
-        fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-        _write_mapping(parts, _sized(b"C", _encode(type(item).__qualname__)), fields)
-    elif _is_image(item):
-        head = f"{item.mode} {item.size[0]} {item.size[1]} {_image_extras(item)}"
-        parts.append(_sized(b"P", head.encode()) + item.tobytes())
-    else:
-        raise KeyTypeError(
-            f"an item holds {shorten(item)}, a {type(item).__name__} that has no canonical bytes; "
-            f"give CacheConfig(key_extractors=...) a function that returns {_PLAIN_KEY_TYPES}."
-        )
-
-
-def _write_mapping(parts: list[bytes], tag: bytes, mapping: Mapping[Any, Any]) -> None:
-    entries: list[bytes] = []
-    for name, value in mapping.items():
-        entry: list[bytes] = []
-        _write(entry, name)
-        _write(entry, value)
-        entries.append(b"".join(entry))
-    parts.append(tag + struct.pack("<Q", len(entries)))
-    parts.extend(sorted(entries))  # equal mappings have equal bytes, whatever the order of insertion
-
-
-def _write_array(parts: list[bytes], array: npt.NDArray[Any]) -> None:
-    if array.dtype.hasobject:
-        raise KeyTypeError(
-            f"an item holds an array of dtype {array.dtype}, which has no canonical bytes; use a numeric dtype."
-        )
-    dtype = array.dtype.descr if array.dtype.names else array.dtype.str  # the str of a record hides its fields
-    head = f"{dtype} {array.shape}"
-    parts.append(_sized(b"", head.encode()) + array.tobytes())
-
-
-def _write_tensor(parts: list[bytes], tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
-        raise KeyTypeError(f"an item holds a {kind} tensor, which has no canonical bytes; make it a dense tensor.")
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    head = f"{plain.dtype} {tuple(plain.shape)}"
-    flat = plain.as_strided((plain.numel(),), (1,))  # a single element may be contiguous with any stride
-    parts.append(_sized(b"", head.encode()) + flat.view(torch.uint8).numpy().tobytes())
-
-
-def _is_image(item: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")  # who has an image has imported Pillow; nobody else needs to
-    return pillow is not None and isinstance(item, pillow.Image)
-
-
-def _image_extras(image: Any) -> tuple[Any, ...]:
-    """Give what decides the look of an image beside its pixels: palette, transparent colour, orientation."""
-    palette = image.palette.mode if image.palette else None, image.getpalette(None)
-    return *palette, image.info.get("transparency"), image.getexif().get(0x0112)
+        return xxh3_128_digest(_TEXT + text_bytes(item))
+    return xxh3_128_digest(_CONTENT + canonical_bytes(item))
 
 
 def distinct(keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -21,7 +21,7 @@ from quatcache.data.samples import (
     common_layout,
     target_columns,
 )
-from quatcache.errors import CollateError, QuatcacheError, shorten
+from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
 
 __all__ = ["Batch", "BatchReader", "CachedColumns", "collate_items", "read_samples"]
 
@@ -60,10 +60,16 @@ def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> 
     """Read and take apart samples of a map-style dataset, in one call where the dataset offers that.
 
     Raises:
-        SampleError: A sample is of no supported kind.
+        SampleError: A sample is of no supported kind, or the dataset returned another number of them.
     """
     many = getattr(dataset, "__getitems__", None)
-    return [reader(sample) for sample in (many(list(indices)) if many else [dataset[index] for index in indices])]
+    samples = many(list(indices)) if many else [dataset[index] for index in indices]
+    if len(samples) != len(indices):
+        raise SampleError(
+            f"{type(dataset).__name__}.__getitems__ returned {len(samples)} samples for {len(indices)} indices; return "
+            "one per index, in order."
+        )
+    return [reader(sample) for sample in samples]
 
 
 def collate_items(name: str, collate: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> Any:

@@ -2,12 +2,14 @@
 
 from quatcache.store.directory import CacheDirectory, environment
 from quatcache.store.disk import DiskStore
+from quatcache.store.files import DTYPES
 from quatcache.store.memory import MemoryStore
 from quatcache.store.protocol import Found, Positions, RowStore, Store
 from quatcache.store.tables import DatasetTable
 from quatcache.store.tensor import TensorStore
 
 __all__ = [
+    "DTYPES",
     "CacheDirectory",
     "DatasetTable",
     "DiskStore",

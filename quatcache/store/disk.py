@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 
 from quatcache.errors import FormatError
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.files import checksum, open_tensors, write_tensors
+from quatcache.store.files import checksum, locked, open_tensors, write_tensors
 from quatcache.store.manifest import Manifest, ShardEntry
 from quatcache.store.protocol import Found, Positions
 from quatcache.store.tensor import TensorStore
@@ -150,7 +149,9 @@ class DiskStore:
     def _open(self, entry: ShardEntry) -> None:
         path = self.directory / entry.file
         try:
-            tensors, _ = open_tensors(path, entry.bytes)
+            tensors, about = open_tensors(path, entry.bytes)
+            if about.get("identity") != self.manifest.digest:
+                raise FormatError(f"{path} belongs to encoder {about.get('identity')}; its rows are encoded again.")
             if self._verify_checksums and checksum(path) != entry.xxh3:
                 raise FormatError(f"{path} does not match its checksum; its rows are encoded again.")
             keys, rows = _checked(path, tensors, entry, self.manifest)
@@ -250,7 +251,7 @@ class DiskStore:
         keys, rows, given_dtype = np.concatenate(self._pending_keys), self._pending.rows, self._pending.given_dtype
         assert given_dtype is not None
         entry = self._write(keys, rows)
-        with FileLock(self.directory / ".manifest.lock"):  # other ranks and processes add their shards too
+        with locked(self.directory / ".manifest.lock"):  # other ranks and processes add their shards too
             current = (self._read_manifest() or self.manifest).without(self._refused)
             self.manifest = current.with_shard(entry, tuple(rows.shape[1:]), rows.dtype, given_dtype)
             self.manifest.write(self.directory)
@@ -263,7 +264,12 @@ class DiskStore:
 
     def _write(self, keys: KeyArray, rows: torch.Tensor) -> ShardEntry:
         path = self.directory / f"shard-{secrets.token_hex(8)}.safetensors"
-        write_tensors(path, {"keys": torch.from_numpy(keys), "values": rows}, {"quatcache": "shard"})
+        about = {
+            "quatcache": "shard",
+            "identity": self.manifest.digest,
+            "given_dtype": str(self._pending.given_dtype).removeprefix("torch."),
+        }
+        write_tensors(path, {"keys": torch.from_numpy(keys), "values": rows}, about)
         return ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
 
     def assemble(self, size: int, parts: Sequence[Found]) -> torch.Tensor:

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from xxhash import xxh3_128
 
 from quatcache.errors import FormatError, StoreError
 
-__all__ = ["DTYPES", "checksum", "open_tensors", "read_json", "write_json", "write_tensors"]
+__all__ = ["DTYPES", "checksum", "locked", "open_tensors", "read_json", "write_json", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -122,6 +123,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not an object; delete it to have it made again.")
     return content
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock of the operating system, which dies with its process.
+
+    Args:
+        path: The lock file; made if need be.
+
+    Raises:
+        StoreError: It cannot be opened for writing.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire()
+    except OSError as error:
+        raise StoreError(f"cannot lock {path}: {_reason(error)}; permit writing there.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checksum(path: Path) -> str:

@@ -6,6 +6,7 @@ or not at all, and a shard without an entry is an orphan that nobody reads.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from quatcache.errors import FormatError
 from quatcache.store.files import DTYPES, read_json, write_json
@@ -113,7 +115,7 @@ class Manifest:
             "given_dtype": _dtype_name(self.given_dtype),
             "shards": [vars(shard) for shard in self.shards],
         }
-        write_json(directory / MANIFEST_NAME, content)
+        write_json(directory / MANIFEST_NAME, {**content, "xxh3": _checksum(content)})
 
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:
@@ -137,6 +139,8 @@ class Manifest:
                 "upgrade quatcache or use another save_dir."
             )
         try:
+            if content.pop("xxh3") != _checksum(content):
+                raise ValueError("it does not match its checksum")
             return cls._parse(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(
@@ -161,6 +165,11 @@ class Manifest:
             created=str(content["created"]),
             shards=shards,
         )
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Hash what a manifest says: a flipped bit in it could turn rows into others as surely as one in a shard."""
+    return xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _shard(entry: Mapping[str, Any]) -> ShardEntry:

@@ -185,7 +185,7 @@ class TensorStore:
         self._rows = grown
 
     def to(self, device: torch.device | str) -> TensorStore:
-        """Copy the rows to a device; their numbers stay.
+        """Bring the rows to a device; their numbers stay. On the device where they are they are shared.
 
         Returns:
             A new store, with room for the rows in use only.

@@ -21,7 +21,7 @@ from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.errors import ConfigError, KeyTypeError, SampleError, shorten
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts, fill_through
-from quatcache.store import CacheDirectory, DatasetTable, Positions, RowStore
+from quatcache.store import DTYPES, CacheDirectory, DatasetTable, Positions, RowStore
 from quatcache.training.keying import Chunk, ChunkReader, KeyScheme, SharedKeys
 from quatcache.training.progress import FillProgress
 from quatcache.training.verify import READ_TWICE, differing_item, matching_table
@@ -257,6 +257,9 @@ class _Columns:
         for column in chunk.targets:
             if not isinstance(column, torch.Tensor):
                 self.targets_reason = f"targets such as {shorten(column[0])} do not make tensors of one shape"
+                return
+            if column.dtype not in DTYPES.values():
+                self.targets_reason = f"targets of {column.dtype} are not stored"
                 return
         if self._targets is None:
             self._targets = [torch.empty((self._size, *c.shape[1:]), dtype=c.dtype) for c in chunk.targets]

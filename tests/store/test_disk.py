@@ -19,8 +19,9 @@ from quatcache.keys import content_keys
 from quatcache.read_through import read_through
 from quatcache.store import DiskStore
 from quatcache.store import disk as disk_module
+from quatcache.store.files import checksum
 from quatcache.store.manifest import MANIFEST_NAME, Manifest
-from tests.stores_for_tests import DIGEST, Clock
+from tests.stores_for_tests import DIGEST, Clock, sealed
 
 OTHER_DIGEST = "f" * 32
 
@@ -63,7 +64,7 @@ def edit_manifest(directory, change):
     path = directory / MANIFEST_NAME
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(sealed(content)))
 
 
 def refill(directory, *numbers):
@@ -588,3 +589,17 @@ def test_many_row_numbers_at_once(tmp_path):
     order = np.random.default_rng(0).integers(0, 1000, 5000)
     gathered = store.gather(torch.from_numpy(store.rows_of(keys_of(*order.tolist()))))
     assert torch.equal(gathered, rows_of(*order.tolist()))
+
+
+def test_shard_of_another_encoder_is_refused_though_its_size_and_checksum_are_true(tmp_path, caplog):
+    for place, digest in (("one", DIGEST), ("other", OTHER_DIGEST)):
+        store = DiskStore(tmp_path / place, digest)
+        store.put_many(keys_of("a"), torch.ones(1, 3) if place == "one" else torch.zeros(1, 3))
+        store.flush()
+    foreign = next((tmp_path / "other").glob("shard-*"))
+    mine = next((tmp_path / "one").glob("shard-*"))
+    mine.write_bytes(foreign.read_bytes())
+    edit_manifest(tmp_path / "one", lambda content: content["shards"][0].update(xxh3=checksum(mine)))
+    store = DiskStore(tmp_path / "one", DIGEST)
+    assert len(store) == 0
+    assert f"belongs to encoder {OTHER_DIGEST}" in caplog.text

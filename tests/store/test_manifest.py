@@ -9,6 +9,7 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry
+from tests.stores_for_tests import sealed
 
 SHARD = ShardEntry("shard-0123456789abcdef.safetensors", rows=3, bytes=100, xxh3="0" * 32)
 ONE = {"file": SHARD.file, "rows": 3, "bytes": 100, "xxh3": "0" * 32}
@@ -24,7 +25,7 @@ def content(tmp_path):
 
 
 def read(directory, content):
-    (directory / MANIFEST_NAME).write_text(content if isinstance(content, str) else json.dumps(content))
+    (directory / MANIFEST_NAME).write_text(content if isinstance(content, str) else json.dumps(sealed(content)))
     return Manifest.read(directory)
 
 
@@ -145,6 +146,13 @@ def test_missing_entries_are_refused(tmp_path, content, missing):
     del content[missing]
     with pytest.raises(FormatError, match=f"damaged .*{missing}"):
         read(tmp_path, content)
+
+
+@pytest.mark.parametrize("change", [{"given_dtype": "float64"}, {"environment": {}}, {"note": 1}, {"xxh3": "0" * 32}])
+def test_an_entry_that_was_changed_by_hand_or_by_a_flipped_bit_is_refused(tmp_path, content, change):
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(content | change))
+    with pytest.raises(FormatError, match=r"damaged .*does not match its checksum"):
+        Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize(
