@@ -81,7 +81,7 @@ def bench_epochs(shape: str, rows: int, rounds: int, console: Console) -> tuple[
             epochs = one_process(shape, contender, "--rows", str(rows), "--epochs", str(EPOCHS))
             seconds[contender].append(min(epochs))
         latest = ", ".join(f"{contender} {times[-1]:.2f} s" for contender, times in seconds.items())
-        console.print(f"{shape}, round {turn + 1} of {rounds}: {latest}", highlight=False)
+        console.print(f"{shape}, round {turn + 1} of {rounds}: {latest}", highlight=False, soft_wrap=True)
 
     epoch = {contender: median(times) for contender, times in seconds.items()}
     # A ratio is taken within each round, where both had the same machine; the median round counts.

@@ -64,7 +64,7 @@ class CacheConfig:
     batch_size: int = 32
     num_workers: int | None = None
     save_dir: str | os.PathLike[str] | None = None
-    key_extractors: KeyExtractor | Mapping[str, KeyExtractor] = field(default_factory=dict)
+    key_extractors: Mapping[str, KeyExtractor] | KeyExtractor = field(default_factory=dict)
     labels: Literal["auto"] | bool = "auto"
     dtype: torch.dtype | str | None = None
 
