@@ -127,16 +127,25 @@ class BatchReader(Dataset[Any]):
         """Give the batch of these samples; rows are still numbers, for the loader to gather."""
         columns = self.columns
         if columns is not None and columns.targets is not None and not self.collates:
-            where = torch.as_tensor(indices)
+            where = self._positions(indices)
             return Batch(self._numbers(columns, where), columns.layout.loss_arguments(_select(columns.targets, where)))
         batch = collate_samples(read_samples(self.dataset, indices, self.reader), self.collates)
         if columns is None:
             return batch
-        where = torch.as_tensor(indices)
+        where = self._positions(indices)
         targets = batch.targets
         if columns.targets is not None:
             targets = columns.layout.loss_arguments(_select(columns.targets, where))
         return Batch({**batch.inputs, **self._numbers(columns, where)}, targets)
+
+    def _positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Give the indices of a batch as the dataset understands them: whole numbers, negative ones from the end."""
+        where = torch.as_tensor(indices)
+        if where.dtype is not torch.int64:
+            where = where.to(torch.int64)
+        if isinstance(indices, torch.Tensor):  # made by a loader of ours
+            return where
+        return torch.where(where < 0, where + len(self.dataset), where)
 
     @staticmethod
     def _numbers(columns: CachedColumns, where: torch.Tensor) -> dict[str, Any]:

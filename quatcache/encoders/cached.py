@@ -1,17 +1,20 @@
 """The stand-in for a cached encoder while a model trains.
 
-The loader gathers the rows, so what reaches :meth:`CachedEncoder.forward` are the vectors themselves. The real encoder
-is kept aside, out of reach of ``parameters()``, ``to()`` and ``train()``, but not out of ``state_dict()``: a model
-saves and loads the same tensors whether its encoders are cached or not.
+The loader gathers the rows, so what reaches :meth:`CachedEncoder.forward` are the vectors themselves. Everything else
+that can be seen of the encoder stays as it is: parameters, buffers and submodules are those of the real one, under the
+same names. So averages of weights, checkpoints, devices, and a callback that unfreezes the encoder work on the encoder,
+and a copy of the model has the encoder itself.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from quatcache.encoders.encoder import Encoder
 
@@ -22,7 +25,7 @@ class CachedEncoder(nn.Module):
     """Passes on the rows that a loader gathered, in place of the encoder that made them.
 
     Args:
-        encoder: The real encoder; it is neither registered as a submodule nor changed.
+        encoder: The real encoder; it is not changed.
 
     Attributes:
         trainable: Always false.
@@ -37,9 +40,12 @@ class CachedEncoder(nn.Module):
     trainable = False
 
     def __init__(self, encoder: Encoder) -> None:
-        """Keep the encoder aside."""
+        """Share the tensors and submodules of the encoder."""
         super().__init__()
         self._aside = (encoder,)  # in a tuple: nn.Module registers modules, but does not look into tuples
+        for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            object.__setattr__(self, shared, getattr(encoder, shared))
+        self.training = encoder.training
 
     @property
     def encoder(self) -> Encoder:
@@ -63,15 +69,20 @@ class CachedEncoder(nn.Module):
         """Pass on rows ``(B, *row_shape)``."""
         return rows
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the real encoder's tensors."""
-        return self.encoder.state_dict(*args, **kwargs)
+    def train(self, mode: bool = True) -> Self:
+        """Do as the real encoder does: a frozen one stays in eval mode."""
+        self.encoder.train(mode)
+        self.training = self.encoder.training
+        return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        result = self.encoder.load_state_dict(own, strict=False)
-        missing.extend(prefix + key for key in result.missing_keys)
-        unexpected.extend(prefix + key for key in result.unexpected_keys)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
+        """Copy the real encoder: a copy of a model is not in its run."""
+        return copy.deepcopy(self.encoder, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the real encoder to another process."""
+        return _itself, (self.encoder,)
+
+
+def _itself(encoder: Encoder) -> Encoder:
+    return encoder

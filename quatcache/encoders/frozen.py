@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -129,10 +129,17 @@ class FrozenEncoder:
         return rows
 
     def _compare(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        if not first.is_floating_point():
+            if not torch.equal(first, second):
+                self._refuse("in whole values")
+            return
         scale = float(first.abs().max()) if first.numel() else 0.0
         difference = float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
         if difference > TOLERANCE * max(scale, 1e-12):
-            raise NotFrozenError(
-                f"encoder {self.name!r} ({type(self.encoder).__name__}) cannot be cached: two passes over the same "
-                f"items differ by {difference:.3g}; remove what is random in its forward, or set trainable = True."
-            )
+            self._refuse(f"by {difference:.3g}")
+
+    def _refuse(self, difference: str) -> NoReturn:
+        raise NotFrozenError(
+            f"encoder {self.name!r} ({type(self.encoder).__name__}) cannot be cached: two passes over the same items "
+            f"differ {difference}; remove what is random in its forward, or set trainable = True."
+        )

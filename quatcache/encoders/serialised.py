@@ -23,7 +23,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 # Names that say where from, where, or how fast; never what.
 _IGNORED = frozenset(
     {
-        *("architectures", "auto_map", "batch_size", "cache_dir", "cache_folder", "device", "devices", "dtype"),
+        *("architectures", "auto_map", "batch_size", "cache_dir", "cache_folder", "device", "devices"),
         *("feature_extractor_type", "gradient_checkpointing", "id2label", "image_processor_type", "initializer_factor"),
         *("initializer_range", "label2id", "learning_rate", "log_level", "lr"),
         *("num_workers", "output_attentions", "output_hidden_states", "problem_type", "processor_class", "return_dict"),

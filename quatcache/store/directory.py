@@ -65,7 +65,7 @@ class CacheDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Name the directory; nothing is read or made."""
-        self.path = Path(path).expanduser()
+        self.path = Path(path).expanduser().absolute()  # a later chdir must not move it
 
     def store(self, digest: str, facts: Mapping[str, Any], dtype: torch.dtype | None = None) -> DiskStore:
         """Open the rows of one encoder identity, in one storage dtype.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quatcache.errors import ConfigError
 from quatcache.training.config import CacheConfig
 from quatcache.training.lightning import Callback, LightningModule, Trainer
 from quatcache.training.report import CacheReport
@@ -33,10 +34,16 @@ class CacheCallback(Callback):
         """Keep the config; nothing is touched before a run."""
         self.config = config
         self.report = CacheReport()
+        self.brought_by_model = False
         self._session: CacheSession | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the loader sources, before Lightning asks them for loaders."""
+        if self._session is not None and self._session.is_running_elsewhere(trainer):
+            raise ConfigError(
+                f"{type(pl_module).__name__} is in the middle of a run of another trainer; give this run "
+                "copy.deepcopy(model)."
+            )
         self._end()
         self._session = CacheSession(trainer, pl_module, self.config)
         self.report = self._session.report
@@ -45,6 +52,16 @@ class CacheCallback(Callback):
         """Fill, now that the model is on its device and its weights are restored, and no loader was made."""
         if self._session is not None:
             self._session.prepare()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the encoders are still those that filled the cache."""
+        if self._session is not None:
+            self._session.guard.check_unchanged()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See that no encoder was unfrozen, as a fine-tuning callback may do at any step."""
+        if self._session is not None:
+            self._session.guard.check_frozen()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, for what users do in ``on_fit_end`` and after."""

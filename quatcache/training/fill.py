@@ -24,7 +24,7 @@ from quatcache.read_through import Counts, fill_through
 from quatcache.store import DTYPES, CacheDirectory, DatasetTable, Positions, RowStore
 from quatcache.training.keying import Chunk, ChunkReader, KeyScheme, SharedKeys
 from quatcache.training.progress import FillProgress
-from quatcache.training.verify import READ_TWICE, differing_item, matching_table
+from quatcache.training.verify import READ_TWICE, matching_table, reread
 
 __all__ = ["DatasetFill", "EncoderFill", "unkeyable"]
 
@@ -136,11 +136,15 @@ class DatasetFill:
             missing = encoder.store.missing(keys.reshape(-1, 2)) // keys.shape[1]
             wanted[missing] = True
         self._to_read = np.flatnonzero(wanted)
-        if len(self._to_read) and not by_index and (item := differing_item(reader)) is not None:
-            raise ConfigError(
-                f"item {item} of the {self.name} dataset differs between two reads, and a cache would keep one of them "
-                "for ever; use a fixed transform for it, or return None from configure_caches()."
-            )
+        if len(self._to_read):
+            item, target = reread(reader)
+            if item is not None and not by_index:
+                raise ConfigError(
+                    f"item {item} of the {self.name} dataset differs between two reads, and a cache would keep one of "
+                    "them for ever; use a fixed transform for it, or return None from configure_caches()."
+                )
+            if target is not None and self.targets:
+                self.targets, self._targets_reason = False, f"the target of item {target} differs between two reads"
         return len(self._to_read)
 
     @property
@@ -169,17 +173,38 @@ class DatasetFill:
             batch_sampler=chunks,
             num_workers=num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_share_by_name,
             multiprocessing_context=context if num_workers else None,
         )
         columns = _Columns(len(self.dataset), self.table)
-        for chunk in loader:
+        for chunk in self._started(loader):
             counts = Counts()
             for encoder in self.encoders:
                 counts += encoder.fill(chunk, batch_size)
             columns.put(chunk)
             advance(len(chunk.indices), counts)
-        self._targets_reason = columns.targets_reason if self.targets else None
+        if self.targets:
+            self._targets_reason = columns.targets_reason
         self.table = columns.table(self.targets)
+
+    def _started(self, loader: DataLoader[Any]) -> Iterator[Chunk]:
+        """Start the workers, if there are any."""
+        try:
+            return iter(loader)
+        except Exception as error:
+            if not loader.num_workers or "pickle" not in str(error):
+                raise
+            raise ConfigError(
+                f"the {self.name} dataset, an encoder or a key extractor cannot be sent to the workers of the fill "
+                f"({error}); define it at the top of a module, or leave num_workers unset."
+            ) from error
+
+    def still_holds(self) -> bool:
+        """Compare the dataset with what was indexed, as at a warm start: a hook may have changed it in place."""
+        assert self.table is not None
+        if len(self.table) != len(self.dataset):
+            return False
+        return matching_table(self.name, [self.table], self.chunk_reader, with_targets=False) is not None
 
     def keep(self, directory: CacheDirectory) -> None:
         """Write the index table, unless its keys are good for this run only."""
@@ -258,6 +283,9 @@ class _Columns:
             if not isinstance(column, torch.Tensor):
                 self.targets_reason = f"targets such as {shorten(column[0])} do not make tensors of one shape"
                 return
+            if column.requires_grad:
+                self.targets_reason = "targets have a gradient"
+                return
             if column.dtype not in DTYPES.values():
                 self.targets_reason = f"targets of {column.dtype} are not stored"
                 return
@@ -273,6 +301,11 @@ class _Columns:
         assert self._layout is not None
         kept = with_targets and self.targets_reason is None and self._targets is not None
         return DatasetTable(self._keys, tuple(self._targets or ()) if kept else None, self._layout.name)
+
+
+def _share_by_name(worker: int) -> None:
+    """Send tensors of a chunk by name: by descriptor, 512 items would use up the descriptors of a process."""
+    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
 
 
 def _as_it_is(chunk: Any) -> Any:

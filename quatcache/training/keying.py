@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from quatcache.data.batches import read_samples
-from quatcache.data.samples import common_layout, target_columns
+from quatcache.data.samples import ReadSample, common_layout, target_column
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import KeyTypeError, shorten
 from quatcache.keys import KeyArray, KeyExtractor, content_keys, distinct, extracted_keys, index_keys, index_salt
@@ -71,6 +71,10 @@ class KeyScheme:
     def by_index(self) -> KeyScheme:
         """Give the fallback for items without canonical bytes."""
         return replace(self, salt=index_salt())
+
+    def keys_like(self, other: KeyScheme) -> bool:
+        """Say whether another encoder's keys are the same for every item."""
+        return self.content == other.content and self.extractor is other.extractor and self.salt == other.salt
 
     def keys(self, items: Sequence[Any], places: npt.NDArray[np.int64]) -> KeyArray:
         """Key N items.
@@ -143,14 +147,23 @@ class ChunkReader(Dataset[Any]):
         width = layout.items_per_sample
         places = np.asarray(indices, np.int64).repeat(width) * width + np.tile(np.arange(width), len(samples))
         places = places + (self.number << 48)
-        shared: dict[object, KeyArray] = {}
         keys: dict[str, KeyArray] = {}
-        for scheme in self.schemes:
-            alike = replace(scheme, name="")  # encoders that key alike hash once
-            if alike not in shared:
-                shared[alike] = scheme.keys(items, places)
-            keys[scheme.name] = shared[alike].reshape(len(samples), width, 2)
-        return Chunk(list(indices), items, target_columns(samples), layout.name, keys)
+        for place, scheme in enumerate(self.schemes):
+            alike = next((other for other in self.schemes[:place] if scheme.keys_like(other)), None)
+            if alike is not None:  # hashed already
+                keys[scheme.name] = keys[alike.name]
+            else:
+                keys[scheme.name] = scheme.keys(items, places).reshape(len(samples), width, 2)
+        return Chunk(list(indices), items, _uniform_columns(samples), layout.name, keys)
+
+
+def _uniform_columns(samples: Sequence[ReadSample]) -> tuple[Any, ...]:
+    """Stack targets as a loader does, but leave lists of values that another batch could stack to another dtype."""
+    columns = []
+    for values in zip(*(sample.targets for sample in samples), strict=True):
+        kinds = {getattr(value, "dtype", type(value)) for value in values}
+        columns.append(target_column(values) if len(kinds) == 1 else list(values))
+    return tuple(columns)
 
 
 class SharedKeys:

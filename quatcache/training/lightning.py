@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from quatcache.errors import ConfigError, MissingDependencyError
 
-__all__ = ["Callback", "CombinedLoader", "LightningDataModule", "LightningModule", "Trainer", "isolate_rng", "pl"]
+__all__ = [
+    "LIGHTNING_PACKAGES",
+    "Callback",
+    "CombinedLoader",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "isolate_rng",
+    "pl",
+]
+
+LIGHTNING_PACKAGES = ("pytorch_lightning.", "lightning.")
+"""How the names of Lightning's own modules begin."""
 
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 

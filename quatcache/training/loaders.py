@@ -14,7 +14,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from quatcache.data.batches import Batch, BatchReader, CachedColumns, collate_samples
 from quatcache.errors import LoaderError
@@ -139,6 +146,37 @@ class GatheringLoader(DataLoader[Any]):
         return map(self.gather, super().__iter__())
 
 
+def _index_batches(batches: Any) -> Iterator[Any]:
+    """Iterate over a batch sampler; in index tensors where that gives the same indices and draws the same numbers."""
+    sampler = getattr(batches, "sampler", None)
+    if type(batches) is BatchSampler and type(sampler) is SequentialSampler:
+        return _tensor_batches(batches, lambda size: torch.arange(size), len(sampler), None)
+    if type(batches) is BatchSampler and type(sampler) is RandomSampler and not sampler.replacement:
+        size = len(sampler.data_source)
+        if sampler.num_samples == size:
+            return _tensor_batches(batches, None, size, sampler)
+    return iter(batches)
+
+
+def _tensor_batches(
+    batches: BatchSampler, order: Callable[[int], torch.Tensor] | None, size: int, sampler: RandomSampler | None
+) -> Iterator[torch.Tensor]:
+    generator = None
+    if sampler is not None:  # what RandomSampler.__iter__ does, less a Python number per index
+        generator = sampler.generator
+        if generator is None:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    positions = torch.randperm(size, generator=generator) if order is None else order(size)
+    whole = size - size % batches.batch_size
+    if whole:  # an empty tensor splits into one empty part
+        yield from torch.split(positions[:whole], batches.batch_size)
+    if sampler is not None:  # it draws once more when it is asked for an index past its last
+        torch.randperm(size, generator=generator)
+    if whole < size and not batches.drop_last:
+        yield positions[whole:]
+
+
 class MemoryLoader(DataLoader[Any]):
     """A loader whose batches are index operations, with no workers and no fetcher in between.
 
@@ -166,7 +204,7 @@ class MemoryLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Start an epoch now: what is drawn at its start is drawn when the iterator is asked for."""
-        indices = iter(self.batch_sampler or ())
+        indices = _index_batches(self.batch_sampler)
         if not (self.seeds_once and self._seeded):
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
             self._seeded = True

@@ -68,6 +68,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         """Prepare the module; encoders, head and loss are built after the ``__init__`` of the subclass."""
         super().__init__()
         self.cache_callback = CacheCallback()
+        self.cache_callback.brought_by_model = True
         self._metrics: list[dict[str, Metric]] = []
 
     # What a user overrides
@@ -131,7 +132,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         """Bring the cache along, unless the trainer was given a :class:`CacheCallback` by hand."""
         mine = self.cache_callback
         given = [callback for callback in self.trainer.callbacks if isinstance(callback, CacheCallback)]  # type: ignore[attr-defined]
-        if any(callback is not mine for callback in given):
+        if any(not callback.brought_by_model for callback in given):  # one of another model is left from its run
             return []
         mine.config = self.configure_caches()
         return [mine]
@@ -226,6 +227,11 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         return module
 
     def _step(self, stage: str, batch: Batch, dataloader_idx: int | None = None) -> torch.Tensor:
+        if not isinstance(batch, Batch):
+            raise ModelDefinitionError(
+                f"{type(self).__name__} got a {type(batch).__name__} instead of a Batch, so its CacheCallback is not "
+                "there; end an overridden configure_callbacks with [*super().configure_callbacks(), ...]."
+            )
         embeddings = self(batch.inputs)
         loss: torch.Tensor = self.loss(embeddings, *batch.targets)
         self.log(f"{stage}_loss", loss, batch_size=len(embeddings), prog_bar=True)

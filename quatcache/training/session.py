@@ -9,23 +9,24 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from quatcache.data.batches import Batch, CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder, Identity, identify
 from quatcache.encoders.cached import CachedEncoder
-from quatcache.encoders.frozen import FrozenEncoder
-from quatcache.errors import LoaderError, ModelDefinitionError, shorten
+from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
+from quatcache.encoders.weights import to_device
+from quatcache.errors import LoaderError, StoreError
 from quatcache.store import CacheDirectory, DiskStore, RowStore, TensorStore
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
+from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, refuse_transfer_hooks
 from quatcache.training.keying import KeyScheme, SharedKeys
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
@@ -61,7 +62,7 @@ class CacheSession:
         self._trainer = trainer
         self._module = module
         self._config = config or CacheConfig(CacheType.NONE)
-        self._encoders = _encoders_of(module)
+        self._encoders = encoders_of(module)
         self._real: dict[str, Encoder] = dict(self._encoders)
         self._config.check_against({name: encoder.trainable for name, encoder in self._real.items()})
         self._cached = [
@@ -76,28 +77,19 @@ class CacheSession:
         self._columns: dict[int, CachedColumns] = {}
         self._kept: list[Any] = []  # datasets stay alive while their ids are keys
         self._known = 0
+        self._datasets: dict[int, DatasetFill] = {}
+        self._handed_out: set[int] = set()
         self.sources = LoaderSources(trainer, self._convert)
-        self._leave_to_ranks()
-        self._quiet = warnings.catch_warnings()
-        self._quiet.__enter__()
+        leave_to_ranks(module, self._real)
+        self._quiet: list[Any] = []
+        self._unwritable: StoreError | None = None
+        self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
+        if self._cached:
+            refuse_transfer_hooks(module, trainer)
 
     @property
     def _reader(self) -> Callable[[Any], Any]:
         return getattr(self._module, "read_sample", read_sample)
-
-    def _leave_to_ranks(self) -> None:
-        """Keep frozen encoders out of what DDP sends around.
-
-        Every rank has built them, DDP would broadcast their buffers at each step, and it stops with an internal error
-        when the buffers that it saw at the start are gone because the encoders stand aside.
-        """
-        frozen = [name for name, encoder in self._real.items() if not encoder.trainable]
-        ignored = [
-            f"encoders.{name}.{tensor}"
-            for name in frozen
-            for tensor, _ in (*self._real[name].named_parameters(), *self._real[name].named_buffers())
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, ignored)  # type: ignore[no-untyped-call]
 
     def prepare(self) -> None:
         """Fill for all loaders of a fit in one pass; the loops get them converted when they ask."""
@@ -110,12 +102,17 @@ class CacheSession:
         checked = checked_loader(loader, name)
         columns = None
         if self._cached:
+            key = id(checked.dataset)
+            if key in self._handed_out and not self._datasets[key].still_holds():
+                del self._columns[key]  # a reload hook edited the dataset in place
             self._index([(checked, name)])
-            columns = self._columns[id(checked.dataset)]
+            columns = self._columns[key]
+            self._handed_out.add(key)
         collates = {name: encoder.collate_fn() for name, encoder in self._real.items() if name not in self._cached}
         converted = convert_loader(checked, collates, self._reader, columns, self._gather if self._cached else None)
         if isinstance(converted, MemoryLoader):  # Lightning advises workers for it; it reads nothing they could read
             warnings.filterwarnings("ignore", message=f".*'{name.split()[0]}_dataloader' does not have many workers")
+            self._quiet.append(warnings.filters[0])
         return converted
 
     def _gather(self, batch: Batch) -> Batch:
@@ -140,13 +137,17 @@ class CacheSession:
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
             fills = self._fill(fresh)
-        for encoder in self._fills.values():
-            store, tier = place_rows(
-                encoder.name, encoder.store, self._config.tier_of(encoder.name), self._module.device
-            )
-            self._stores[encoder.name] = store
+        placed: dict[tuple[int, CacheType], tuple[RowStore, CacheType]] = {}  # encoders may share a store
+        for name, encoder in self._fills.items():
+            asked = self._config.tier_of(name)
+            place = id(encoder.store), asked
+            if place not in placed:
+                placed[place] = place_rows(name, encoder.store, asked, self._module.device)
+            self._stores[name], tier = placed[place]
             self._note(encoder, tier)
+        self._datasets.update(fills)
         self._columns.update({key: fill.columns() for key, fill in fills.items()})
+        self.guard.remember()
         self._swap()
         self.report.fill_seconds += time.monotonic() - started
         logger.info(self.report.line())
@@ -165,8 +166,16 @@ class CacheSession:
         if not self._plan(fills) or self._directory is None:
             self._run(fills, context)
             return fills
-        with self._directory.filling():
-            stores = [encoder.store for encoder in self._fills.values() if isinstance(encoder.store, DiskStore)]
+        stores = [encoder.store for encoder in self._fills.values() if isinstance(encoder.store, DiskStore)]
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(self._directory.filling())
+            except StoreError as error:
+                if not any(len(store) for store in stores):
+                    raise
+                self._unwritable = error  # rows that are there can be read; raised if one must be encoded
+                self._run(fills, context)
+                return fills
             news = [store.refresh() for store in stores]
             if any(news):  # another process filled while this one waited
                 self._plan(fills)
@@ -200,8 +209,10 @@ class CacheSession:
         """Open a store for every encoder to be cached, and decide on labels."""
         self.report.labels, self.report.labels_reason = self._decide_labels()
         items = sum(len(fill.dataset) for fill in fills)
+        stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
         for name in self._cached:
             encoder = self._real[name]
+            prove_fixed(name, encoder)
             scheme = KeyScheme.of(name, encoder, self._config.extractor_of(name))
             reason = unkeyable(scheme, [fill.chunk_reader for fill in fills])
             if reason is not None:
@@ -211,24 +222,29 @@ class CacheSession:
                     name,
                     reason,
                 )
-            store: RowStore
             if self._directory is None or reason is not None:
-                store = TensorStore(dtype=self._config.storage_dtype, capacity=items)
+                own: object = (id(encoder), scheme.salt)
+                stores.setdefault(own, TensorStore(dtype=self._config.storage_dtype, capacity=items))
             else:
-                store = self._open_disk(name, encoder)
+                identity = self._identity(encoder)
+                own = identity.digest
+                if own not in stores:
+                    stores[own] = self._open_disk(name, identity)
             self._fills[name] = EncoderFill(
                 name,
                 scheme,
-                store,
+                stores[own],
                 partial(self._frozen_encoder, name),
                 encoder.length,
                 shared=None if scheme.extractor is None else SharedKeys(scheme),
             )
 
-    def _open_disk(self, name: str, encoder: Encoder) -> DiskStore:
-        assert self._directory is not None
+    def _identity(self, encoder: Encoder) -> Identity:
         precision = str(self._trainer.precision)
-        identity = identify(encoder, autocast=precision if "mixed" in precision else None)
+        return identify(encoder, autocast=precision if "mixed" in precision else None)
+
+    def _open_disk(self, name: str, identity: Identity) -> DiskStore:
+        assert self._directory is not None
         store = self._directory.store(identity.digest, identity.facts, self._config.storage_dtype)
         if not len(store):
             self._explain(name, identity)
@@ -250,13 +266,15 @@ class CacheSession:
 
     def _frozen_encoder(self, name: str) -> FrozenEncoder:
         """Make the real encoder ready, the first time that an item must be encoded."""
+        if self._unwritable is not None:
+            raise self._unwritable
         if name not in self._frozen:
-            strategy, device = self._trainer.strategy, self._module.device
+            precision, device = self._trainer.precision_plugin, self._module.device
             self._frozen[name] = FrozenEncoder(
                 name,
                 self._real[name],
-                place=lambda inputs: strategy.batch_to_device(inputs, device),
-                context=self._trainer.precision_plugin.forward_context,
+                place=lambda inputs: to_device(precision.convert_input(inputs), device),
+                context=precision.forward_context,
             )
         return self._frozen[name]
 
@@ -294,26 +312,16 @@ class CacheSession:
             if not isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = CachedEncoder(self._real[name])
 
+    def is_running_elsewhere(self, trainer: Trainer) -> bool:
+        """Say whether another trainer is in the middle of the run that this session belongs to."""
+        return self._trainer is not trainer and self._trainer.state.status == "running"
+
     def restore(self) -> None:
         """Put encoders and loader sources back, on the device where the module is now."""
         self.sources.restore()
-        self._quiet.__exit__(None, None, None)
+        for entry in self._quiet:
+            if entry in warnings.filters:
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]
         for name in self._cached:
             if isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = self._real[name].to(self._module.device)
-
-
-def _encoders_of(module: LightningModule) -> MutableMapping[str, Any]:
-    encoders = getattr(module, "encoders", None)
-    if not isinstance(encoders, nn.ModuleDict | MutableMapping) or not len(encoders):
-        raise ModelDefinitionError(
-            f"{type(module).__name__}.encoders is {shorten(encoders)}; make it a torch.nn.ModuleDict of encoder "
-            "names to Encoder objects."
-        )
-    for name, encoder in encoders.items():
-        if not isinstance(encoder, Encoder):
-            raise ModelDefinitionError(
-                f"encoder {name!r} of {type(module).__name__} is a {type(encoder).__name__}; wrap it in a "
-                "ModuleEncoder, or subclass Encoder."
-            )
-    return encoders  # type: ignore[return-value]

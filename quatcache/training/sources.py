@@ -29,6 +29,7 @@ class _ConvertedSource:
         self._mode = mode
         self._convert = convert
         self._requested: Any = None
+        self.given: Any = None  # the user's loaders as the loop would have had them
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class _ConvertedSource:
         combined = (
             copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)  # type: ignore[arg-type]
         )
-        self._requested = combined
+        self._requested, self.given = combined, copy.copy(combined)
         return self._named(combined)
 
     def dataloader(self) -> Any:
@@ -119,9 +120,10 @@ class LoaderSources:
         return loaders
 
     def restore(self) -> None:
-        """Put the user's sources back; the loops forget the loaders they made of them."""
+        """Put the user's sources back; and to the loops the user's loaders."""
         for loop, converted in self._replaced:
             if loop._data_source is converted:
                 loop._data_source = converted.source
-            loop._combined_loader = None
+            if loop._combined_loader is not None:
+                loop._combined_loader = converted.given
         self._replaced.clear()

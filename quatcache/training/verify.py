@@ -17,7 +17,7 @@ from quatcache.errors import KeyTypeError
 from quatcache.store import DatasetTable
 from quatcache.training.keying import Chunk, ChunkReader
 
-__all__ = ["SAMPLED", "differing_item", "matching_table"]
+__all__ = ["READ_TWICE", "SAMPLED", "matching_table", "reread"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,11 @@ def _agreeing(table: DatasetTable, reader: ChunkReader, seconds: float, time_fun
 
 
 def _random_batches(size: int) -> Iterator[list[int]]:
-    """Give distinct indices in random order, the first batch with both ends; always the same for one size."""
-    generator = np.random.default_rng(size)
+    """Give distinct indices in random order, the first batch with both ends.
+
+    Another order at each call: what one sample misses, the next one may find.
+    """
+    generator = np.random.default_rng()  # of its own: training draws from the global one
     order = generator.permutation(size) if size <= 1 << 16 else np.unique(generator.integers(0, size, 1 << 16))
     ends = np.array(sorted({0, size - 1}))
     generator.shuffle(order)
@@ -113,17 +116,40 @@ def _agrees(table: DatasetTable, chunk: Chunk) -> bool:
     return True
 
 
-def differing_item(reader: ChunkReader) -> int | None:
-    """Read some items twice.
+def reread(
+    reader: ChunkReader, *, seconds: float = SECONDS, time_func: Callable[[], float] = time.monotonic
+) -> tuple[int | None, int | None]:
+    """Read some items twice: at least :data:`SAMPLED`, and as many more as the time allows.
+
+    Args:
+        reader: The dataset.
+        seconds: Time after which no more items are read.
+        time_func: Clock in seconds.
 
     Returns:
-        The index of an item whose keys differ between the two reads; None if they all agree.
+        The index of an item whose keys differ between the two reads, and of one whose targets do; None: they agree.
     """
-    size = len(reader)
-    indices = sorted(set(np.linspace(0, size - 1, min(size, READ_TWICE)).astype(int).tolist()))
-    first, second = reader.__getitems__(indices), reader.__getitems__(indices)
-    for name, keys in first.keys.items():
-        differs = (keys != second.keys[name]).reshape(len(indices), -1).any(axis=1)
-        if differs.any():
-            return int(indices[int(np.flatnonzero(differs)[0])])
-    return None
+    deadline = time_func() + seconds
+    target = None
+    for indices in _random_batches(len(reader)):
+        first, second = reader.__getitems__(indices), reader.__getitems__(indices)
+        for name, keys in first.keys.items():
+            differs = (keys != second.keys[name]).reshape(len(indices), -1).any(axis=1)
+            if differs.any():
+                return indices[int(np.flatnonzero(differs)[0])], target
+        for column, again in zip(first.targets, second.targets, strict=True):
+            places = [place for place in range(len(indices)) if not _same_target(column[place], again[place])]
+            if places and target is None:
+                target = indices[places[0]]
+        if time_func() >= deadline:
+            break
+    return None, target
+
+
+def _same_target(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    try:
+        return bool(np.array_equal(one, other))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return one == other
