@@ -22,7 +22,8 @@ from quatcache.errors import ConfigError, KeyTypeError, SampleError, shorten
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts, fill_through
 from quatcache.store import DTYPES, CacheDirectory, DatasetTable, Positions, RowStore
-from quatcache.training.keying import Chunk, ChunkReader, KeyScheme, SharedKeys
+from quatcache.training.extracted import ExtractedKeys, Forgetful
+from quatcache.training.keying import Chunk, ChunkReader, KeyScheme
 from quatcache.training.progress import FillProgress
 from quatcache.training.verify import READ_TWICE, matching_table, reread
 
@@ -43,7 +44,7 @@ class EncoderFill:
         frozen: Makes the real encoder ready, once, when the first item must be encoded.
         length: Estimates the cost of an item.
         counts: What was done so far.
-        shared: Notices unlike items of one extracted key; None with default keys.
+        extracted: Compares items of one extracted key; None with default keys.
     """
 
     name: str
@@ -52,7 +53,7 @@ class EncoderFill:
     frozen: Callable[[], FrozenEncoder]
     length: Callable[[Any], int]
     counts: Counts = field(default_factory=Counts)
-    shared: SharedKeys | None = None
+    extracted: ExtractedKeys | None = None
 
     def fill(self, chunk: Chunk, batch_size: int) -> Counts:
         """Encode what the store lacks of a chunk."""
@@ -66,9 +67,10 @@ class EncoderFill:
             ordered = positions[np.argsort(-lengths, kind="stable")]  # longest first: memory runs out at once or never
             return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
 
-        if self.shared is not None:
-            self.shared.look(chunk)
-        counts = fill_through(chunk.keys[self.name].reshape(-1, 2), compute, self.store, batches=batches)
+        store: Any = self.store
+        if self.extracted is not None and len(edited := self.extracted.look(chunk)):
+            store = Forgetful(store, edited)
+        counts = fill_through(chunk.keys[self.name].reshape(-1, 2), compute, store, batches=batches)
         self.counts += counts
         return counts
 

@@ -6,26 +6,22 @@ are never given out there: only the store hands out rows, so workers cannot disa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils.data import Dataset
 
 from quatcache.data.batches import read_samples
 from quatcache.data.samples import ReadSample, common_layout, target_column
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import KeyTypeError, shorten
-from quatcache.keys import KeyArray, KeyExtractor, content_keys, distinct, extracted_keys, index_keys, index_salt
-from quatcache.store import TensorStore
+from quatcache.keys import KeyArray, KeyExtractor, content_keys, extracted_keys, index_keys, index_salt
 
-logger = logging.getLogger(__name__)
-
-__all__ = ["Chunk", "ChunkReader", "KeyScheme", "SharedKeys"]
+__all__ = ["Chunk", "ChunkReader", "KeyScheme"]
 
 
 class Chunk(NamedTuple):
@@ -36,7 +32,8 @@ class Chunk(NamedTuple):
         items: Their n * k items, sample by sample.
         targets: Their target columns; a list where the values make no tensor.
         layout: Name of their layout.
-        keys: For each encoder the keys, int64 ``(n, k, 2)``.
+        keys: For each encoder the keys, int64 ``(n, k, 2)``; and for one with a key extractor the content keys as well,
+            under :attr:`KeyScheme.content_column`, if its items have any.
     """
 
     indices: Sequence[int]
@@ -71,6 +68,11 @@ class KeyScheme:
     def by_index(self) -> KeyScheme:
         """Give the fallback for items without canonical bytes."""
         return replace(self, salt=index_salt())
+
+    @property
+    def content_column(self) -> str:
+        """Name of the column of content keys beside extracted ones."""
+        return f"{self.name}#content"
 
     def keys_like(self, other: KeyScheme) -> bool:
         """Say whether another encoder's keys are the same for every item."""
@@ -154,6 +156,9 @@ class ChunkReader(Dataset[Any]):
                 keys[scheme.name] = keys[alike.name]
             else:
                 keys[scheme.name] = scheme.keys(items, places).reshape(len(samples), width, 2)
+            if scheme.extractor is not None:
+                with suppress(KeyTypeError):  # nothing to compare: perhaps the extractor was given for that reason
+                    keys[scheme.content_column] = scheme.content_keys(items).reshape(len(samples), width, 2)
         return Chunk(list(indices), items, _uniform_columns(samples), layout.name, keys)
 
 
@@ -164,52 +169,3 @@ def _uniform_columns(samples: Sequence[ReadSample]) -> tuple[Any, ...]:
         kinds = {getattr(value, "dtype", type(value)) for value in values}
         columns.append(target_column(values) if len(kinds) == 1 else list(values))
     return tuple(columns)
-
-
-class SharedKeys:
-    """Notices items of one extracted key whose content differs: they share one row, which may be what the user wants.
-
-    Args:
-        scheme: A scheme with an extractor.
-    """
-
-    def __init__(self, scheme: KeyScheme) -> None:
-        """Start with no key seen."""
-        self._scheme = scheme
-        self._seen = TensorStore()  # extracted key -> content key of the first item that had it
-        self.conflicts = 0
-        self.example: tuple[str, str] | None = None
-
-    def look(self, chunk: Chunk) -> None:
-        """Compare the items of a chunk with those met before under the same keys."""
-        keys = chunk.keys[self._scheme.name].reshape(-1, 2)
-        try:
-            content = self._scheme.content_keys(chunk.items)
-        except KeyTypeError:  # nothing to compare: the extractor was given for that reason
-            return
-        firsts, which = distinct(keys)
-        fresh = firsts[self._seen.missing(keys[firsts])]
-        self._seen.put_many(keys[fresh], torch.from_numpy(content[fresh]))
-        reference = self._seen.get_many(keys[firsts]).values.numpy()
-        differs = (content != reference[which]).any(axis=1)
-        if self.example is None and differs.any():
-            position = int(np.flatnonzero(differs)[0])
-            same_key = np.flatnonzero((which == which[position]) & ~differs)
-            other = shorten(chunk.items[int(same_key[0])]) if len(same_key) else "an item of an earlier chunk"
-            self.example = (other, shorten(chunk.items[position]))
-        self.conflicts += int(differs.sum())
-
-    def warn(self) -> None:
-        """Tell the user once how many items were affected, and show two of them."""
-        if self.example is None:
-            return
-        first, other = self.example
-        logger.warning(
-            "Encoder %r: %s items have the extracted key of another item but other content, and share its row: %s and "
-            "%s; make the extractor tell them apart if they are not alike.",
-            self._scheme.name,
-            f"{self.conflicts:,}",
-            first,
-            other,
-        )
-        self.conflicts, self.example = 0, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.weights import to_device
 from quatcache.errors import LoaderError, StoreError
-from quatcache.store import CacheDirectory, DiskStore, RowStore, TensorStore
+from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
 from quatcache.training.config import CacheConfig, CacheType
+from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
 from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, refuse_transfer_hooks
-from quatcache.training.keying import KeyScheme, SharedKeys
+from quatcache.training.keying import KeyScheme
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
 from quatcache.training.placement import place_rows
@@ -202,8 +203,8 @@ class CacheSession:
             if fill.targets_reason is not None:
                 self.report.labels, self.report.labels_reason = False, fill.targets_reason
         for encoder in self._fills.values():
-            if encoder.shared is not None:
-                encoder.shared.warn()
+            if encoder.extracted is not None:
+                encoder.extracted.warn()
 
     def _open(self, fills: list[DatasetFill]) -> None:
         """Open a store for every encoder to be cached, and decide on labels."""
@@ -236,8 +237,11 @@ class CacheSession:
                 stores[own],
                 partial(self._frozen_encoder, name),
                 encoder.length,
-                shared=None if scheme.extractor is None else SharedKeys(scheme),
+                extracted=None if scheme.extractor is None else ExtractedKeys(scheme, self._tables(name)),
             )
+
+    def _tables(self, name: str) -> Iterable[DatasetTable]:
+        return () if self._directory is None else self._directory.tables([name])
 
     def _identity(self, encoder: Encoder) -> Identity:
         precision = str(self._trainer.precision)

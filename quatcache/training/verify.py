@@ -101,7 +101,7 @@ def _agrees(table: DatasetTable, chunk: Chunk) -> bool:
     if chunk.layout != table.layout:
         return False
     for name, keys in chunk.keys.items():
-        if not np.array_equal(table.keys[name][chunk.indices], keys):
+        if name not in table.keys or not np.array_equal(table.keys[name][chunk.indices], keys):
             return False
     if table.targets is None:
         return True

@@ -158,3 +158,45 @@ def test_unlike_items_of_one_extracted_key_are_counted_and_shown_once(caplog):
     assert len(warnings) == 1
     assert warnings[0].startswith("Encoder 'default': 2 items have the extracted key")
     assert "'a first' and 'a second'" in warnings[0]
+
+
+class Ids:
+    """Items with a number, keyed by it."""
+
+    def __init__(self, size, edited=()):
+        self.items = [({"id": i, "text": f"{'new' if i in edited else 'old'} text {i}"}, i % 5) for i in range(size)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class TextOfItem(HashingEncoder):
+    def collate(self, items):
+        return super().collate([item["text"] for item in items])
+
+    def length(self, item):
+        return 0
+
+
+def test_an_item_edited_under_its_extracted_key_is_encoded_again(tmp_path):
+    def train(data, cache):
+        model = Model({"default": TextOfItem()}, cache)
+        fit(model, loader(data, shuffle=True))
+        return model
+
+    cache = CacheConfig(save_dir=tmp_path, key_extractors=lambda item: item["id"])
+    train(Ids(40), cache)
+    for edited, encoded in (((), 0), ((3, 17), 2), ((3, 17), 0), ((3,), 1)):
+        model = train(Ids(40, edited), cache)
+        assert model.cache_callback.report.encoded == encoded
+        assert same_run(train(Ids(40, edited), None), model)
+
+
+def test_another_extractor_with_the_same_values_is_not_served_the_rows_of_the_first(tmp_path):
+    words = ["alder birch", "birch cedar", "cedar alder"] * 5
+    run(Texts(words), save_dir=tmp_path, key_extractors=lambda text: text.split()[0])
+    report, _ = run(Texts(words), save_dir=tmp_path, key_extractors=lambda text: text.split()[1])
+    assert report.encoded == 3
