@@ -57,7 +57,8 @@ class Encoder(nn.Module):
 
     Attributes:
         trainable: Whether training may change the encoder. A frozen one (the default) never leaves eval mode, and its
-            rows may be cached. A class attribute, an attribute or a property.
+            rows may be cached; call ``requires_grad_(False)`` on its parameters, or it is refused. A class attribute,
+            an attribute or a property.
         embedding_size: Size of the last dimension of a row. A class attribute, an attribute or a property.
         version: Raise it when the meaning of :meth:`collate` or :meth:`forward` changes: code is not part of the
             identity, this number is.
@@ -107,7 +108,8 @@ class Encoder(nn.Module):
         return encoder
 
     def __init__(self) -> None:
-        """Do nothing: the state exists already, and making it again would drop what a subclass has set."""
+        """Make an encoder; ``super().__init__()`` may be called or left out."""
+        # The state exists already, and making it again would drop what a subclass has set.
 
     def collate(self, items: Sequence[Any]) -> Any:
         """Turn a batch of items into the input of :meth:`forward`; runs in the workers of a loader.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchmetrics import Metric
+from torchmetrics.retrieval.base import RetrievalMetric
 
 from quatcache.data.batches import Batch
 from quatcache.data.samples import read_sample
@@ -106,7 +107,11 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         return None
 
     def configure_metrics(self) -> Mapping[str, Metric]:
-        """Return metrics by name, updated as ``metric(embeddings, *targets)`` and logged for validation and test."""
+        """Return metrics by name, updated as ``metric.update(embeddings, *targets)``.
+
+        They are logged as ``val_<name>`` and ``test_<name>``. Wrap a retrieval metric of torchmetrics in
+        :class:`quatcache.metrics.EmbeddingRetrieval`.
+        """
         return {}
 
     read_sample = staticmethod(read_sample)
@@ -135,7 +140,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         if any(not callback.brought_by_model for callback in given):  # one of another model is left from its run
             return []
         mine.config = self.configure_caches()
-        return [mine]
+        return [] if mine in given else [mine]
 
     def forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Turn the inputs of a batch into embeddings.
@@ -242,8 +247,20 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
 
     def _metrics_of(self, dataloader_idx: int) -> dict[str, Metric]:
         while len(self._metrics) <= dataloader_idx:
-            fresh = {name: metric.clone().to(self.device) for name, metric in self.configure_metrics().items()}
-            self._metrics.append(fresh)
+            metrics = self.configure_metrics()
+            if not isinstance(metrics, Mapping):
+                raise ModelDefinitionError(
+                    f"configure_metrics returned a {type(metrics).__name__}; return a dict, for instance "
+                    "{'accuracy': ...}."
+                )
+            for name, metric in metrics.items():
+                if isinstance(metric, RetrievalMetric):
+                    kind = type(metric).__name__
+                    raise ModelDefinitionError(
+                        f"metric {name!r} is a bare {kind}, which takes scores and query numbers; wrap it: "
+                        f"quatcache.metrics.EmbeddingRetrieval({kind}())."
+                    )
+            self._metrics.append({name: metric.clone().to(self.device) for name, metric in metrics.items()})
         return self._metrics[dataloader_idx]
 
     def _log_metrics(self, stage: str) -> None:

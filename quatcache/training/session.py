@@ -258,9 +258,11 @@ class CacheSession:
         """Say how an encoder without rows differs from the one that comes closest to it."""
         assert self._directory is not None
         others = [Identity.of(manifest.facts) for manifest in self._directory.manifests()]
-        differences = [other.differences(identity) for other in others if other.digest != identity.digest]
-        if differences:
+        alike = [other for other in others if other.facts.get("class") == identity.facts.get("class")]
+        differences = [lines for other in alike if (lines := other.differences(identity))]
+        if differences:  # those of another class differ in everything, which explains nothing
             closest = min(differences, key=len)
+            closest = closest[:3] + [f"and {len(closest) - 3} more"] * (len(closest) > 3)
             logger.info(
                 "Encoder %r has no rows in %s; the closest one there differs: %s.",
                 name,

@@ -54,7 +54,7 @@ def matching_table(
         cut = table.head(size)
         compared = _agreeing(cut, reader, seconds, time_func)
         if compared:
-            logger.info(
+            logger.debug(
                 "The %s dataset is known: %s of its %s items were compared with its index table.",
                 name, f"{compared:,}", f"{size:,}",
             )  # fmt: skip

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalMRR, RetrievalPrecision
 
 from quatcache import CacheConfig, ServableModel, SimilarityPairSample, TrainableModel
+from quatcache.errors import ModelDefinitionError
 from quatcache.heads import LinearHead
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.metrics import EmbeddingRetrieval
@@ -180,3 +181,32 @@ def test_the_level_of_the_logger_is_the_users(caplog):
         assert "cached" not in caplog.text
     finally:
         logging.getLogger("quatcache").setLevel(logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (
+            {"mrr": RetrievalMRR()},
+            r"'mrr' is a bare RetrievalMRR.*wrap it: .*EmbeddingRetrieval\(RetrievalMRR\(\)\)",
+        ),
+        (MulticlassAccuracy(5), "configure_metrics returned a MulticlassAccuracy; return a dict"),
+    ],
+)
+def test_metrics_that_cannot_be_updated_are_refused(metrics, message):
+    class Measured(Model):
+        def configure_metrics(self):
+            return metrics
+
+    with pytest.raises(ModelDefinitionError, match=message):
+        fit(Measured(), loader(Texts(texts(20))), loader(Texts(texts(20))))
+
+
+def test_an_encoder_of_another_class_in_the_directory_explains_nothing(tmp_path, caplog):
+    class Other(HashingEncoder):
+        pass
+
+    with caplog.at_level("INFO", logger="quatcache"):
+        for encoder in (HashingEncoder(), Other()):
+            fit(Model({"default": encoder}, CacheConfig(save_dir=tmp_path)), loader(Texts(texts(9))))
+    assert "differs" not in caplog.text
