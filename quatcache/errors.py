@@ -12,6 +12,7 @@ __all__ = [
     "CacheMissError",
     "CollateError",
     "ConfigError",
+    "DamagedFileError",
     "EncoderOutputError",
     "FormatError",
     "KeyTypeError",
@@ -21,6 +22,7 @@ __all__ = [
     "NotFrozenError",
     "QuatcacheError",
     "SampleError",
+    "StaleRowsError",
     "StoreError",
     "shorten",
 ]
@@ -76,6 +78,14 @@ class StoreError(QuatcacheError, OSError):
 
 class FormatError(QuatcacheError, ValueError):
     """A cache file that is damaged, or was written by a newer version of the format."""
+
+
+class DamagedFileError(FormatError):
+    """A cache file whose content is not what was written."""
+
+
+class StaleRowsError(QuatcacheError, RuntimeError):
+    """Stored rows differ from what the encoder gives for the same items now, though nothing in its identity changed."""
 
 
 class ModelDefinitionError(QuatcacheError, TypeError):

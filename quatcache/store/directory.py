@@ -4,6 +4,8 @@
       encoders/<digest>[-<storage dtype>]/manifest.json, shard-*.safetensors
       datasets/<digest>.safetensors
 
+A fill is alone in the directories of its encoders; fills of other encoders go on beside it.
+
 Names come from hashes, never from users or files, so none can lead out of the directory. Nothing is made before the
 first write: a directory that may only be read serves warm starts.
 """
@@ -14,16 +16,17 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.store.disk import DiskStore
+from quatcache.store.files import FILL_LOCK
 from quatcache.store.manifest import Manifest
 from quatcache.store.tables import DatasetTable, read_tables, write_table
 
@@ -31,17 +34,24 @@ __all__ = ["CacheDirectory", "environment"]
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_MESSAGES = 60.0
+
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
 
 
-def environment() -> dict[str, str]:
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Describe what the same encoder may answer differently under: library versions and hardware.
+
+    Args:
+        device: Where the encoder computes.
 
     Example:
         >>> sorted(environment())[:2]
         ['hardware', 'numpy']
     """
-    known = {"hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}
+    device = torch.device(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    known = {"hardware": platform.machine() if device.type == "cpu" else hardware}
     for library in _LIBRARIES:
         try:
             known[library] = version(library)
@@ -55,6 +65,8 @@ class CacheDirectory:
 
     Args:
         path: The directory; made at the first write.
+        verify_checksums: Compare each shard with its checksum when it is opened.
+        memory_map: Map shards into memory; false: read them whole, for network disks.
 
     Example:
         >>> import tempfile
@@ -63,18 +75,40 @@ class CacheDirectory:
         0
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify_checksums: bool = True, memory_map: bool = True) -> None:
         """Name the directory; nothing is read or made."""
         self.path = Path(path).expanduser().absolute()  # a later chdir must not move it
+        self._verify_checksums = verify_checksums
+        self._memory_map = memory_map
 
-    def store(self, digest: str, facts: Mapping[str, Any], dtype: torch.dtype | None = None) -> DiskStore:
+    def store(
+        self,
+        digest: str,
+        facts: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> DiskStore:
         """Open the rows of one encoder identity, in one storage dtype.
 
+        Args:
+            digest: The identity.
+            facts: What it was made from.
+            dtype: Storage dtype of floating rows; None: as the encoder gives them.
+            device: Where the encoder computes what is missing.
+
         Raises:
-            FormatError: The store is damaged beyond its single shards, or of a newer version.
+            FormatError: The store is of a newer version.
             StoreError: It cannot be read.
         """
-        return DiskStore(self._store_path(digest, dtype), digest, facts=facts, environment=environment(), dtype=dtype)
+        return DiskStore(
+            self._store_path(digest, dtype),
+            digest,
+            facts=facts,
+            environment=environment(device),
+            dtype=dtype,
+            verify_checksums=self._verify_checksums,
+            memory_map=self._memory_map,
+        )
 
     def _store_path(self, digest: str, dtype: torch.dtype | None) -> Path:
         if not digest.isalnum():
@@ -104,29 +138,53 @@ class CacheDirectory:
         """
         return write_table(self.path / "datasets", table)
 
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        """Be the one process that fills this directory; wait, and say so, while another one is.
+    def mark_used(self, table: DatasetTable) -> None:
+        """Leave a note that a table was of use now, where that is permitted: pruning goes by it."""
+        if table.file is not None:
+            with suppress(OSError):
+                table.file.touch()
 
-        The lock dies with its process, so a killed fill does not block the next.
+    @contextmanager
+    def filling(self, stores: Sequence[DiskStore]) -> Iterator[None]:
+        """Be the one process that fills these stores; wait, and say so, while another one does.
+
+        The locks die with their process, so a killed fill does not block the next.
+
+        Args:
+            stores: Stores of this directory.
 
         Raises:
             StoreError: The directory cannot be written, told before anything is computed.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".fill.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.info("Another process is filling %s: waiting for its rows.", self.path)
-                lock.acquire()
-        except OSError as error:
-            raise StoreError(
-                f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, name "
-                "another save_dir, or leave it unset to cache in memory."
-            ) from error
-        try:
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"save_dir {self.path} is a file; name a directory.")
+        with ExitStack() as held:
+            for directory in sorted({store.directory for store in stores}):  # one order for all: no two wait in a ring
+                try:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    lock = FileLock(directory / FILL_LOCK)
+                    self._acquire(lock, directory)
+                except OSError as error:
+                    raise StoreError(
+                        f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, "
+                        "name another save_dir, or leave it unset to cache in memory."
+                    ) from error
+                held.callback(lock.release)
             yield
-        finally:
-            lock.release()
+
+    def _acquire(self, lock: BaseFileLock, directory: Path) -> None:
+        """Take a lock; while another process has it, say every minute how far that one is."""
+        timeout = 0.0
+        while True:
+            try:
+                lock.acquire(timeout=timeout)
+                return
+            except Timeout:
+                with suppress(FormatError, StoreError):
+                    manifest = Manifest.read(directory)
+                    logger.info(
+                        "Another process is filling %s: waiting for its rows (%s so far).",
+                        directory,
+                        f"{manifest.rows if manifest else 0:,}",
+                    )
+            timeout = SECONDS_BETWEEN_MESSAGES

@@ -1,7 +1,8 @@
 """Rows in safetensors shards, memory-mapped.
 
 Rows that were put are gathered in memory until they fill a shard, or until some seconds have passed since the last
-commit: a slow encoder must not lose an hour because its rows are small. A committed shard is never touched again.
+commit: a slow encoder must not lose an hour because its rows are small. A committed shard is never touched again; many
+small ones are packed into a big one at the end of a fill.
 
 Row numbers belong to one open store: they run through its shards in the order in which it came to know them, and then
 through the rows not yet committed, so they stay valid when those are committed and when others add shards of theirs.
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quatcache.errors import FormatError
+from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.files import checksum, locked, open_tensors, write_tensors
-from quatcache.store.manifest import Manifest, ShardEntry
+from quatcache.store.compaction import pack
+from quatcache.store.files import MANIFEST_LOCK, locked
+from quatcache.store.manifest import Manifest
 from quatcache.store.protocol import Found, Positions
+from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
+from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
 from quatcache.store.tensor import TensorStore
 
-__all__ = ["DiskStore"]
+__all__ = ["LAST_USED", "DiskStore"]
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20
 COMMIT_SECONDS = 30.0
+LAST_USED = ".last-used"
 
 
 class DiskStore:
@@ -45,14 +51,16 @@ class DiskStore:
         facts: What the identity was made from, written into the manifest.
         environment: Library versions and hardware, written into the manifest.
         dtype: Storage dtype of floating rows; None keeps the encoder's.
-        shard_bytes: Size at which a shard is committed.
-        commit_seconds: Time after which rows are committed though they fill no shard.
+        shard_bytes: Size at which a shard is committed; None: 256 MiB.
+        commit_seconds: Time after which rows are committed though they fill no shard; None: 30 seconds.
         verify_checksums: Compare the bytes of each shard with its checksum when it is opened.
+        memory_map: Map shards into memory; false: read them whole when they are opened, for network disks.
         time_func: Clock in seconds, for tests.
 
     Raises:
-        FormatError: The manifest is damaged, or of a newer version. A damaged shard is no error: it is left out with
-            a warning, and its rows count as absent.
+        FormatError: The manifest is of a newer version, or of another encoder. Damage is no error: a manifest is made
+            again from its shards; a shard is left out with a warning, and its rows count as absent.
+        StoreError: The directory cannot be read.
 
     Example:
         >>> import tempfile
@@ -73,21 +81,23 @@ class DiskStore:
         facts: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
-        shard_bytes: int = SHARD_BYTES,
-        commit_seconds: float = COMMIT_SECONDS,
+        shard_bytes: int | None = None,
+        commit_seconds: float | None = None,
         verify_checksums: bool = True,
+        memory_map: bool = True,
         time_func: Callable[[], float] = time.monotonic,
     ) -> None:
         """Read the manifest and the keys of every shard; rows are read when they are asked for."""
         self.directory = directory
         self.manifest = Manifest(digest, dict(facts or {}), dict(environment or {}))
         self._dtype = dtype
-        self._shard_bytes = shard_bytes
-        self._commit_seconds = commit_seconds
+        self._shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
+        self._commit_seconds = COMMIT_SECONDS if commit_seconds is None else commit_seconds
         self._verify_checksums = verify_checksums
+        self._memory_map = memory_map
         self._time = time_func
         self._index = KeyIndex()
-        self._shards: list[torch.Tensor] = []  # memory-mapped rows, in row order
+        self._shards: list[torch.Tensor] = []  # rows, memory-mapped unless told otherwise, in row order
         self._opened: set[str] = set()
         self._refused: set[str] = set()  # damaged shards: their rows are absent, their entries go at the next commit
         self._starts: list[int] = []
@@ -124,48 +134,46 @@ class DiskStore:
             Whether there were any.
 
         Raises:
-            FormatError: The manifest is damaged, of a newer version, or of another encoder.
+            FormatError: The manifest is of a newer version, or of another encoder.
         """
         self.flush()  # the numbers of uncommitted rows are given out already: they come before what is new
-        manifest = self._read_manifest()
+        manifest = mended_manifest(self.directory, self.manifest)
         if manifest is None:
             return False
         before = len(self._opened)
         self.manifest = manifest
         for entry in manifest.shards:
-            if entry.file not in self._opened | self._refused:
-                self._open(entry)
+            if entry.file in self._opened | self._refused:
+                continue
+            if not (self.directory / entry.file).exists() and read_manifest(self.directory, manifest) != manifest:
+                return self.refresh() or len(self._opened) > before  # packed into another shard just now
+            self._open(entry)
         return len(self._opened) > before
 
-    def _read_manifest(self) -> Manifest | None:
-        manifest = Manifest.read(self.directory)
-        if manifest is not None and manifest.digest != self.manifest.digest:
-            raise FormatError(
-                f"{self.directory} belongs to encoder {manifest.digest}, not {self.manifest.digest}; "
-                "do not rename cache directories: delete it, or point save_dir elsewhere."
-            )
-        return manifest
-
     def _open(self, entry: ShardEntry) -> None:
-        path = self.directory / entry.file
+        kind = self.manifest.kind
+        assert kind is not None  # a manifest with shards names it
         try:
-            tensors, about = open_tensors(path, entry.bytes)
-            if about.get("identity") != self.manifest.digest:
-                raise FormatError(f"{path} belongs to encoder {about.get('identity')}; its rows are encoded again.")
-            if self._verify_checksums and checksum(path) != entry.xxh3:
-                raise FormatError(f"{path} does not match its checksum; its rows are encoded again.")
-            keys, rows = _checked(path, tensors, entry, self.manifest)
+            keys, rows, repacked = open_shard(
+                self.directory,
+                entry,
+                self.manifest.digest,
+                kind,
+                verify_checksum=self._verify_checksums,
+                memory_map=self._memory_map,
+            )
         except FormatError as error:
             self._refused.add(entry.file)
             logger.warning("%s", error)
             return
-        self._attach(entry.file, keys, rows)
+        self._opened.add(entry.file)
+        if not (repacked and (self._index.find(keys) >= 0).all()):  # else its rows are here, in the shards it replaced
+            self._attach(keys, rows)
 
-    def _attach(self, file: str, keys: KeyArray, rows: torch.Tensor) -> None:
+    def _attach(self, keys: KeyArray, rows: torch.Tensor) -> None:
         self._index.add(keys, np.arange(self._committed, self._committed + len(keys)))
         self._starts.append(self._committed)
         self._shards.append(rows)
-        self._opened.add(file)
         self._committed += len(keys)
 
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
@@ -244,33 +252,59 @@ class DiskStore:
         """Commit what was put: the shard first, then the manifest that names it.
 
         Raises:
-            StoreError: The directory cannot be written; what was committed before is kept.
+            StoreError: The directory cannot be written, or disappeared; what was committed before is kept.
         """
         if not self._pending_keys:
             return
+        if self._committed and not self.directory.is_dir():
+            raise StoreError(
+                f"{self.directory} disappeared while rows were being written to it; bring it back, or choose another "
+                "save_dir, and run again: what was committed is found where it is."
+            )
         keys, rows, given_dtype = np.concatenate(self._pending_keys), self._pending.rows, self._pending.given_dtype
         assert given_dtype is not None
-        entry = self._write(keys, rows)
-        with locked(self.directory / ".manifest.lock"):  # other ranks and processes add their shards too
-            current = (self._read_manifest() or self.manifest).without(self._refused)
-            self.manifest = current.with_shard(entry, tuple(rows.shape[1:]), rows.dtype, given_dtype)
+        kind = RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
+        with locked(self.directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
+            current = sure_manifest(self.directory, self.manifest).without(self._refused)
+            entry = write_shard(self.directory, self.manifest.digest, keys, rows, given_dtype)
+            self.manifest = current.with_shard(entry, kind)
             self.manifest.write(self.directory)
-        tensors, _ = open_tensors(self.directory / entry.file, entry.bytes)
+        _, mapped, _ = open_shard(self.directory, entry, self.manifest.digest, kind, verify_checksum=False)
         self._starts.append(self._committed)
-        self._shards.append(tensors["values"])
+        self._shards.append(mapped)
         self._opened.add(entry.file)
         self._committed += len(keys)
         self._pending, self._pending_keys = TensorStore(dtype=self._dtype), []
 
-    def _write(self, keys: KeyArray, rows: torch.Tensor) -> ShardEntry:
-        path = self.directory / f"shard-{secrets.token_hex(8)}.safetensors"
-        about = {
-            "quatcache": "shard",
-            "identity": self.manifest.digest,
-            "given_dtype": str(self._pending.given_dtype).removeprefix("torch."),
-        }
-        write_tensors(path, {"keys": torch.from_numpy(keys), "values": rows}, about)
-        return ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
+    def compact(self) -> None:
+        """Pack runs of small shards into big ones; rows and their numbers stay.
+
+        Raises:
+            StoreError: The directory cannot be written; it is as it was.
+        """
+        self.flush()
+        if not self._committed:
+            return
+        with locked(self.directory / MANIFEST_LOCK):
+            before = sure_manifest(self.directory, self.manifest)
+            self.manifest = pack(self.directory, before.without(self._refused), self._shard_bytes)
+        known = {entry.file for entry in before.shards} <= self._opened | self._refused
+        if known:  # else it also has rows of others, which the next refresh takes in
+            self._opened.update(entry.file for entry in self.manifest.shards)
+
+    def mark_used(self) -> None:
+        """Leave a note that the rows were of use now, where that is permitted: pruning goes by it."""
+        with suppress(OSError):
+            if self.directory.is_dir():
+                (self.directory / LAST_USED).touch()
+
+    def mark_verified(self, environment: Mapping[str, str]) -> None:
+        """Record that the encoder gives the rows that are here in another environment too, where that is permitted."""
+        with suppress(StoreError), locked(self.directory / MANIFEST_LOCK):
+            current = sure_manifest(self.directory, self.manifest)
+            if environment not in (current.environment, *current.verified):
+                self.manifest = replace(current, verified=(*current.verified, dict(environment)))
+                self.manifest.write(self.directory)
 
     def assemble(self, size: int, parts: Sequence[Found]) -> torch.Tensor:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""
@@ -286,22 +320,9 @@ class DiskStore:
         if not self._shards:
             return TensorStore(device, self._dtype)
         rows = torch.empty((self._committed, *(self.row_shape or ())), dtype=self.manifest.dtype, device=device)
-        for start, shard in zip(self._starts, self._shards, strict=True):
+        for place, (start, shard) in enumerate(zip(self._starts, self._shards, strict=True)):
             rows[start : start + len(shard)] = shard.to(device)
+            if not self._memory_map and rows.device.type == "cpu":  # do not hold them twice
+                self._shards[place] = rows[start : start + len(shard)]
         keys, numbers = self._index.items()
         return TensorStore.of(keys, numbers, rows, self.given_dtype)
-
-
-def _checked(
-    path: Path, tensors: Mapping[str, torch.Tensor], entry: ShardEntry, manifest: Manifest
-) -> tuple[KeyArray, torch.Tensor]:
-    """Hold a shard against its entry before a row of it is used."""
-    keys, rows = tensors.get("keys"), tensors.get("values")
-    if keys is None or rows is None or keys.dtype != torch.int64 or tuple(keys.shape) != (entry.rows, 2):
-        raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
-    if (tuple(rows.shape), rows.dtype) != ((entry.rows, *(manifest.row_shape or ())), manifest.dtype):
-        raise FormatError(
-            f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape)} instead of {entry.rows} {manifest.dtype} "
-            f"rows of shape {manifest.row_shape}; it is encoded again."
-        )
-    return keys.numpy(), rows

@@ -18,12 +18,25 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from xxhash import xxh3_128
 
-from quatcache.errors import FormatError, StoreError
+from quatcache.errors import DamagedFileError, FormatError, StoreError
 
-__all__ = ["DTYPES", "checksum", "locked", "open_tensors", "read_json", "write_json", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "FILL_LOCK",
+    "MANIFEST_LOCK",
+    "checksum",
+    "content_digest",
+    "is_temporary",
+    "locked",
+    "open_tensors",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -34,7 +47,15 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 """The dtypes that a file may name. A name from a file is looked up here and never evaluated."""
 
+MANIFEST_LOCK = ".manifest.lock"
+FILL_LOCK = ".fill.lock"
+
 _TEMPORARY = ".tmp-"
+
+
+def is_temporary(name: str) -> bool:
+    """Say whether a file name is that of a file being written, or left behind by a process that died."""
+    return name.startswith(_TEMPORARY)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -108,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no such file.
         StoreError: The file cannot be read.
-        FormatError: It is not a JSON object.
+        DamagedFileError: It is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -119,9 +140,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is damaged ({error}); delete it, and what it described is encoded again.") from error
+        raise DamagedFileError(f"{path} is damaged ({error}); it is made again when the cache is next used.") from error
     if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a {type(content).__name__}, not an object; delete it to have it made again.")
+        raise DamagedFileError(
+            f"{path} holds a {type(content).__name__}, not an object; it is made again when the cache is next used."
+        )
     return content
 
 
@@ -170,25 +193,66 @@ def open_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[st
         FormatError: The file is missing, of another size, or not what safetensors accepts.
         StoreError: The file cannot be read.
     """
+    with _reading(path, expected_bytes), safe_open(path, framework="pt", device="cpu") as file:
+        metadata = dict(file.metadata() or {})
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file whole into memory, in one go: memory maps are slow on network disks.
+
+    Arguments, result and errors are those of :func:`open_tensors`.
+    """
+    with _reading(path, expected_bytes):
+        content = path.read_bytes()
+        tensors = load(content)  # refuses what is no safetensors file, so its header can be read below
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, dict(header.get("__metadata__") or {})
+
+
+@contextmanager
+def _reading(path: Path, expected_bytes: int | None) -> Iterator[None]:
+    """Compare the size of a file, and turn what goes wrong while it is read into errors that name it."""
     try:
         size = path.stat().st_size
         if expected_bytes is not None and size != expected_bytes:
             raise FormatError(
                 f"{path} has {size} bytes instead of {expected_bytes}; delete it, and its rows are encoded again."
             )
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        yield
     except FileNotFoundError as error:
         raise FormatError(f"{path} is missing; its rows are encoded again if the rest of the cache is kept.") from error
-    except (SafetensorError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
-        if isinstance(error, FormatError):
-            raise
+    except FormatError:
+        raise
+    except (SafetensorError, ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
         raise FormatError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
     except OSError as error:
         raise StoreError(
             f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."
         ) from error
+
+
+def content_digest(about: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash what a file of tensors says, whatever its layout.
+
+    Args:
+        about: JSON values.
+        tensors: CPU tensors by name.
+
+    Returns:
+        32 hex characters: xxh3_128 over ``about`` as JSON with sorted keys, then for each tensor in the order of the
+        names ``"<name> <dtype> <shape>"`` as Python prints them and its bytes in C order.
+
+    Example:
+        >>> len(content_digest({"version": 1}, {"keys": torch.zeros(1, 2)}))
+        32
+    """
+    digest = xxh3_128(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

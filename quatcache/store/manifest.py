@@ -7,7 +7,6 @@ or not at all, and a shard without an entry is an orphan that nobody reads.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -17,32 +16,14 @@ from typing import Any
 import torch
 from xxhash import xxh3_128_hexdigest
 
-from quatcache.errors import FormatError
+from quatcache.errors import DamagedFileError, FormatError
 from quatcache.store.files import DTYPES, read_json, write_json
+from quatcache.store.shards import RowKind, ShardEntry, is_shard_name
 
-__all__ = ["MANIFEST_NAME", "FORMAT_VERSION", "Manifest", "ShardEntry"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-
-_SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One committed shard.
-
-    Attributes:
-        file: Its name in the directory of the manifest.
-        rows: How many rows it holds.
-        bytes: Its size.
-        xxh3: xxh3_128 of its bytes, 32 hex characters.
-    """
-
-    file: str
-    rows: int
-    bytes: int
-    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -55,9 +36,10 @@ class Manifest:
         row_shape: Shape of one row; None before the first shard.
         dtype: Storage dtype.
         given_dtype: Dtype that the encoder gives, to which look-ups convert.
-        environment: Library versions and hardware at the fill.
+        environment: Library versions and hardware at the first commit.
         created: UTC time of the first commit, ISO 8601.
         shards: Committed shards in row order.
+        verified: Other environments in which the encoder was seen to give the rows that are here.
     """
 
     digest: str
@@ -68,35 +50,35 @@ class Manifest:
     given_dtype: torch.dtype | None = None
     created: str = ""
     shards: tuple[ShardEntry, ...] = ()
+    verified: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def kind(self) -> RowKind | None:
+        """What all rows have in common; None before the first shard."""
+        if self.row_shape is None or self.dtype is None or self.given_dtype is None:
+            return None
+        return RowKind(self.row_shape, self.dtype, self.given_dtype)
 
     @property
     def rows(self) -> int:
         """Count the committed rows."""
         return sum(shard.rows for shard in self.shards)
 
-    def with_shard(
-        self, shard: ShardEntry, row_shape: tuple[int, ...], dtype: torch.dtype, given_dtype: torch.dtype
-    ) -> Manifest:
-        """Add a shard, whose rows must be like those that are there.
+    def with_shard(self, shard: ShardEntry, kind: RowKind) -> Manifest:
+        """Add a shard, unless it is there; its rows must be like those that are.
 
         Raises:
             FormatError: The store holds rows of another shape or dtype.
         """
-        held, added = (self.row_shape, self.dtype, self.given_dtype), (row_shape, dtype, given_dtype)
-        if self.shards and held != added:
+        if shard in self.shards:
+            return self
+        if self.shards and self.kind != kind:
             raise FormatError(
-                f"the store of encoder {self.digest} holds rows of (shape, stored dtype, given dtype) {held}, not "
-                f"{added}; delete its directory to have it filled again."
+                f"the store of encoder {self.digest} holds {self.kind}, not {kind}; delete its directory to have it "
+                "filled again."
             )
         created = self.created or datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return replace(
-            self,
-            row_shape=row_shape,
-            dtype=dtype,
-            given_dtype=given_dtype,
-            created=created,
-            shards=(*self.shards, shard),
-        )
+        return replace(self, **vars(kind), created=created, shards=(*self.shards, shard))
 
     def without(self, files: Collection[str]) -> Manifest:
         """Drop the entries of some shards, by file name."""
@@ -114,6 +96,7 @@ class Manifest:
             "dtype": _dtype_name(self.dtype),
             "given_dtype": _dtype_name(self.given_dtype),
             "shards": [vars(shard) for shard in self.shards],
+            "verified": [dict(environment) for environment in self.verified],
         }
         write_json(directory / MANIFEST_NAME, {**content, "xxh3": _checksum(content)})
 
@@ -122,7 +105,8 @@ class Manifest:
         """Read the manifest of a store directory; None if there is none.
 
         Raises:
-            FormatError: It is damaged, or of a newer version.
+            DamagedFileError: It is not what was written.
+            FormatError: It is of a newer version.
             StoreError: It cannot be read.
         """
         path = directory / MANIFEST_NAME
@@ -132,7 +116,7 @@ class Manifest:
             return None
         version = content.get("version")
         if content.get("format") != "quatcache" or type(version) is not int or version < 1:
-            raise FormatError(f"{path} is not a quatcache manifest; use an empty directory as save_dir.")
+            raise DamagedFileError(f"{path} is not a quatcache manifest; it is made again when the cache is next used.")
         if version > FORMAT_VERSION:
             raise FormatError(
                 f"{path} has format version {version}, this quatcache reads up to {FORMAT_VERSION}; "
@@ -143,8 +127,8 @@ class Manifest:
                 raise ValueError("it does not match its checksum")
             return cls._parse(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete it, and its rows are encoded again."
+            raise DamagedFileError(
+                f"{path} is damaged ({type(error).__name__}: {error}); it is made again when the cache is next used."
             ) from error
 
     @classmethod
@@ -158,12 +142,13 @@ class Manifest:
         return cls(
             digest=str(content["identity"]["digest"]),
             facts=dict(content["identity"]["facts"]),
-            environment={str(name): str(value) for name, value in content["environment"].items()},
+            environment=_strings(content["environment"]),
             row_shape=None if shape is None else tuple(_count(size) for size in shape),
             dtype=dtype,
             given_dtype=given_dtype,
             created=str(content["created"]),
             shards=shards,
+            verified=tuple(_strings(environment) for environment in content.get("verified", ())),
         )
 
 
@@ -174,11 +159,15 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def _shard(entry: Mapping[str, Any]) -> ShardEntry:
     file, digest = entry["file"], entry["xxh3"]
-    if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+    if not is_shard_name(file):
         raise ValueError(f"a shard is named {file!r}")
     if not isinstance(digest, str):
         raise ValueError(f"the checksum of {file} is {digest!r}")
     return ShardEntry(file=file, rows=_count(entry["rows"]), bytes=_count(entry["bytes"]), xxh3=digest)
+
+
+def _strings(content: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in content.items()}
 
 
 def _count(value: Any) -> int:

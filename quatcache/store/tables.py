@@ -12,18 +12,17 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from xxhash import xxh3_128
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray
-from quatcache.store.files import open_tensors, tensor_bytes, write_tensors
+from quatcache.store.files import content_digest, open_tensors, write_tensors
 
-__all__ = ["DatasetTable", "read_tables", "write_table"]
+__all__ = ["DatasetTable", "is_table_name", "read_table", "read_tables", "write_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +39,13 @@ class DatasetTable:
         keys: For each encoder name the keys of the items, int64 ``(N, k, 2)``: k items a sample (2 for pairs).
         targets: Target columns, each ``(N, ...)``; None if they were not cached.
         layout: Name of the sample layout.
+        file: Where it was read from; None: nowhere.
     """
 
     keys: Mapping[str, KeyArray]
     targets: tuple[torch.Tensor, ...] | None
     layout: str
+    file: Path | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -53,7 +54,7 @@ class DatasetTable:
     def head(self, size: int) -> DatasetTable:
         """Cut the table down to its first samples."""
         targets = None if self.targets is None else tuple(column[:size] for column in self.targets)
-        return DatasetTable({name: keys[:size] for name, keys in self.keys.items()}, targets, self.layout)
+        return replace(self, keys={name: keys[:size] for name, keys in self.keys.items()}, targets=targets)
 
 
 def write_table(directory: Path, table: DatasetTable) -> Path:
@@ -73,10 +74,10 @@ def write_table(directory: Path, table: DatasetTable) -> Path:
         "encoders": names,
         "targets": None if table.targets is None else len(table.targets),
     }
-    digest = _digest(about, tensors)
+    digest = content_digest(about, tensors)
     path = directory / f"{digest}.safetensors"
     try:
-        _read_table(path)
+        read_table(path)
     except (FormatError, StoreError):  # not there, or damaged since
         write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
     return path
@@ -89,11 +90,11 @@ def read_tables(directory: Path, encoders: Sequence[str]) -> Iterator[DatasetTab
     ages = {}
     for path in directory.iterdir():
         with suppress(FileNotFoundError):  # deleted meanwhile
-            if _TABLE_NAME.fullmatch(path.name):  # another process may be writing one, under a temporary name
+            if is_table_name(path.name):  # another process may be writing one, under a temporary name
                 ages[path] = path.stat().st_mtime_ns
     for path in sorted(ages, key=lambda path: ages[path], reverse=True):
         try:
-            table = _read_table(path)
+            table = read_table(path)
         except (FormatError, StoreError) as error:
             logger.warning("%s The dataset is read again.", error)
             continue
@@ -101,19 +102,30 @@ def read_tables(directory: Path, encoders: Sequence[str]) -> Iterator[DatasetTab
             yield table
 
 
-def _read_table(path: Path) -> DatasetTable:
+def is_table_name(name: str) -> bool:
+    """Say whether a file name may be that of a table."""
+    return _TABLE_NAME.fullmatch(name) is not None
+
+
+def read_table(path: Path) -> DatasetTable:
+    """Read one table, and compare its content with its name.
+
+    Raises:
+        FormatError: It is damaged, or of a newer version.
+        StoreError: It cannot be read.
+    """
     tensors, metadata = open_tensors(path)
     try:
         about = json.loads(metadata["quatcache"])
         if about["version"] > TABLE_VERSION:
             raise FormatError(f"{path} has version {about['version']}, this quatcache reads up to {TABLE_VERSION}.")
-        if _digest(about, tensors) != path.stem:
+        if content_digest(about, tensors) != path.stem:
             raise FormatError(f"{path} is damaged: its content does not hash to its name.")
         keys = {str(name): tensors[f"keys.{place}"].numpy() for place, name in enumerate(about["encoders"])}
         count = about["targets"]
         targets = None if count is None else tuple(tensors[f"target.{place}"] for place in range(count))
         _check_sizes(about["samples"], keys, targets)
-        return DatasetTable(keys, targets, str(about["layout"]))
+        return DatasetTable(keys, targets, str(about["layout"]), path)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
@@ -127,12 +139,3 @@ def _check_sizes(samples: object, keys: Mapping[str, KeyArray], targets: tuple[t
         raise ValueError("keys of another shape or dtype than (samples, items, 2) int64")
     if not all(column.ndim and len(column) == samples for column in targets or ()):
         raise ValueError(f"a target column without {samples} rows")
-
-
-def _digest(about: Mapping[str, object], tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = xxh3_128(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()

@@ -50,6 +50,12 @@ class CacheConfig:
             single-process; ``True``: also with workers and key extractors; ``False``: never.
         dtype: Storage dtype of floating rows, for instance ``torch.float16`` or ``"float16"``; None: as the encoder
             gives them. Look-ups return the encoder's dtype.
+        verify: Stored rows that are encoded again and compared before any is used: ``"auto"``: 8, if library versions
+            or hardware differ from those of the fill; a number: so many in each run; 0: none.
+        checksums: Compare each file of rows with its checksum when it is opened; False saves reading a huge cache whole
+            at each start, and leaves damage to be noticed by ``verify`` alone.
+        memory_map: Map files of rows into memory; False: read them whole, which network disks do faster. Tier DISK
+            needs the map.
 
     Raises:
         ConfigError: A value that cannot work; the message gives it and the remedy.
@@ -67,6 +73,9 @@ class CacheConfig:
     key_extractors: Mapping[str, KeyExtractor] | KeyExtractor = field(default_factory=dict)
     labels: Literal["auto"] | bool = "auto"
     dtype: torch.dtype | str | None = None
+    verify: Literal["auto"] | int = "auto"
+    checksums: bool = True
+    memory_map: bool = True
 
     def __post_init__(self) -> None:
         """Check every field, and turn names into what they name."""
@@ -87,8 +96,15 @@ class CacheConfig:
                     f"key_extractors holds {extractor!r}; give a function from an item to its key, or a dict of them "
                     "by encoder name."
                 )
+        if self.verify != "auto" and not _is_count(self.verify, 0):
+            raise ConfigError(f"verify is {self.verify!r}; give a number of rows, 0 for none, or 'auto'.")
+        for setting in ("checksums", "memory_map"):
+            if not isinstance(getattr(self, setting), bool):
+                raise ConfigError(f"{setting} is {getattr(self, setting)!r}; use True or False.")
         if CacheType.DISK in self.tiers() and self.save_dir is None:
             raise ConfigError("tier DISK keeps rows in files, but save_dir is None; name a directory as save_dir.")
+        if CacheType.DISK in self.tiers() and not self.memory_map:
+            raise ConfigError("tier DISK trains from a memory map, but memory_map is False; use CPU, GPU or AUTO.")
 
     @property
     def storage_dtype(self) -> torch.dtype | None:

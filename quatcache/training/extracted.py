@@ -36,11 +36,18 @@ class ExtractedKeys:
         self._scheme = scheme
         self._seen = TensorStore()  # extracted key -> content key of the first item that had it in this run
         self._recorded = TensorStore()  # the same of earlier runs
+        self._ambiguous = TensorStore()  # extracted keys that stood for several contents in them
         for table in reversed(list(tables)):
             if scheme.content_column in table.keys:
                 keys = table.keys[scheme.name].reshape(-1, 2)
-                firsts, _ = distinct(keys)
+                firsts, which = distinct(keys)
                 content = table.keys[scheme.content_column].reshape(-1, 2)
+                known, before = self._recorded.get_many(keys[firsts])
+                differs = (content != content[firsts][which]).any(axis=1)
+                changed = firsts[known][(content[firsts[known]] != before.numpy()).any(axis=1)] if len(known) else known
+                several = keys[np.concatenate([np.flatnonzero(differs), changed])]
+                several = several[distinct(several)[0]]
+                self._ambiguous.put_many(several, torch.ones(len(several), 1, dtype=torch.bool))
                 self._recorded.put_many(keys[firsts], torch.from_numpy(content[firsts]))
         self._conflicts = 0
         self._example: tuple[str, str] | None = None
@@ -64,6 +71,23 @@ class ExtractedKeys:
             return np.empty((0, 2), np.int64)
         edited: KeyArray = keys[fresh[places]][(content[fresh[places]] != before.numpy()).any(axis=1)]
         return edited
+
+    def unambiguous(self, chunk: Chunk) -> Positions:
+        """Find the items whose key never stood for anything but their content: their rows must be theirs.
+
+        Returns:
+            Positions among the items of the chunk.
+        """
+        if self._scheme.content_column not in chunk.keys:
+            return np.empty(0, np.int64)
+        keys = chunk.keys[self._scheme.name].reshape(-1, 2)
+        content = chunk.keys[self._scheme.content_column].reshape(-1, 2)
+        places, recorded = self._recorded.get_many(keys)
+        if not len(places):
+            return places
+        same = places[(content[places] == recorded.numpy()).all(axis=1)]
+        sure: Positions = same[self._ambiguous.missing(keys[same])]
+        return sure
 
     def _count(self, chunk: Chunk, which: Positions, differs: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
         self._conflicts += int(differs.sum())

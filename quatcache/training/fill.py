@@ -16,16 +16,18 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from quatcache.data.batches import CachedColumns
-from quatcache.data.samples import LAYOUTS, SampleLayout
+from quatcache.data.samples import LAYOUTS
 from quatcache.encoders.frozen import FrozenEncoder
-from quatcache.errors import ConfigError, KeyTypeError, SampleError, shorten
-from quatcache.keys import KeyArray
+from quatcache.errors import ConfigError, KeyTypeError
 from quatcache.read_through import Counts, fill_through
-from quatcache.store import DTYPES, CacheDirectory, DatasetTable, Positions, RowStore
+from quatcache.store import CacheDirectory, DatasetTable, Positions, RowStore, TensorStore
+from quatcache.training.canary import Canary
+from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.extracted import ExtractedKeys, Forgetful
 from quatcache.training.keying import Chunk, ChunkReader, KeyScheme
+from quatcache.training.memory import refuse_to_swap
 from quatcache.training.progress import FillProgress
-from quatcache.training.verify import READ_TWICE, matching_table, reread
+from quatcache.training.verify import READ_TWICE, SAMPLED, matching_table, reread
 
 __all__ = ["DatasetFill", "EncoderFill", "unkeyable"]
 
@@ -45,6 +47,7 @@ class EncoderFill:
         length: Estimates the cost of an item.
         counts: What was done so far.
         extracted: Compares items of one extracted key; None with default keys.
+        canary: Compares stored rows with what the encoder gives now; None for rows of this run only.
     """
 
     name: str
@@ -54,6 +57,22 @@ class EncoderFill:
     length: Callable[[Any], int]
     counts: Counts = field(default_factory=Counts)
     extracted: ExtractedKeys | None = None
+    canary: Canary | None = None
+
+    def verify(self, chunk: Chunk) -> None:
+        """Hold stored rows against the encoder, as long as the canary wants some.
+
+        Raises:
+            StaleRowsError: They differ.
+        """
+        if self.canary is None or not self.canary.wanted:
+            return
+        keys = chunk.keys[self.name].reshape(-1, 2)
+        if self.extracted is None:
+            self.canary.check(chunk.items, keys)
+        else:  # items of one extracted key share a row, which need not be that of each of them
+            sure = self.extracted.unambiguous(chunk)
+            self.canary.check([chunk.items[position] for position in sure.tolist()], keys[sure])
 
     def fill(self, chunk: Chunk, batch_size: int) -> Counts:
         """Encode what the store lacks of a chunk."""
@@ -67,6 +86,9 @@ class EncoderFill:
             ordered = positions[np.argsort(-lengths, kind="stable")]  # longest first: memory runs out at once or never
             return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
 
+        self.verify(chunk)
+        if isinstance(self.store, TensorStore):
+            refuse_to_swap(self.name, self.store)
         store: Any = self.store
         if self.extracted is not None and len(edited := self.extracted.look(chunk)):
             store = Forgetful(store, edited)
@@ -131,6 +153,8 @@ class DatasetFill:
         if directory is not None and not by_index:
             names = [encoder.name for encoder in self.encoders]
             self.table = matching_table(self.name, directory.tables(names), reader, self.targets)
+            if self.table is not None:
+                directory.mark_used(self.table)
         known = 0 if self.table is None else len(self.table)
         wanted = np.arange(len(self.dataset)) >= known
         for encoder in self.encoders if self.table is not None else ():
@@ -153,6 +177,21 @@ class DatasetFill:
     def to_read(self) -> int:
         """Count the samples that must be read."""
         return len(self._to_read)
+
+    def verify(self) -> None:
+        """Hold the stored rows of some random samples against the encoders, before any row is used or added.
+
+        Raises:
+            StaleRowsError: They differ.
+        """
+        wanted = max((encoder.canary.wanted for encoder in self.encoders if encoder.canary is not None), default=0)
+        if not wanted:
+            return
+        size = len(self.dataset)
+        indices = np.random.default_rng().choice(size, min(size, max(SAMPLED, 2 * wanted)), replace=False)
+        chunk = self.chunk_reader.__getitems__(indices.tolist())
+        for encoder in self.encoders:
+            encoder.verify(chunk)
 
     def run(self, batch_size: int, num_workers: int, context: Any, advance: FillProgress) -> None:
         """Read what must be read, and encode what must be encoded.
@@ -178,7 +217,7 @@ class DatasetFill:
             worker_init_fn=_share_by_name,
             multiprocessing_context=context if num_workers else None,
         )
-        columns = _Columns(len(self.dataset), self.table)
+        columns = ColumnsInMaking(len(self.dataset), self.table)
         for chunk in self._started(loader):
             counts = Counts()
             for encoder in self.encoders:
@@ -241,68 +280,6 @@ class _Indices(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._indices)
-
-
-class _Columns:
-    """Keys and targets of a dataset, gathered chunk by chunk into arrays of full length."""
-
-    def __init__(self, size: int, known: DatasetTable | None) -> None:
-        self._size = size
-        self._known = known
-        self._keys: dict[str, KeyArray] = {}
-        self._targets: list[torch.Tensor] | None = None
-        self._layout: SampleLayout | None = None
-        self.targets_reason: str | None = None
-        if known is not None:
-            count = min(size, len(known))
-            self._layout = LAYOUTS[known.layout]
-            for name, keys in known.keys.items():
-                self._keys[name] = np.empty((size, *keys.shape[1:]), np.int64)
-                self._keys[name][:count] = keys[:count]
-            if known.targets is not None:
-                self._targets = [torch.empty((size, *column.shape[1:]), dtype=column.dtype) for column in known.targets]
-                for column, old in zip(self._targets, known.targets, strict=True):
-                    column[:count] = old[:count]
-
-    def put(self, chunk: Chunk) -> None:
-        layout = LAYOUTS[chunk.layout]
-        if self._layout is None:
-            self._layout = layout
-        if layout is not self._layout:
-            raise SampleError(
-                f"the dataset mixes {self._layout.name} and {layout.name} samples; let it return one kind of sample."
-            )
-        for name, keys in chunk.keys.items():
-            if name not in self._keys:
-                self._keys[name] = np.empty((self._size, *keys.shape[1:]), np.int64)
-            self._keys[name][chunk.indices] = keys
-        self._put_targets(chunk)
-
-    def _put_targets(self, chunk: Chunk) -> None:
-        if self.targets_reason is not None:
-            return
-        for column in chunk.targets:
-            if not isinstance(column, torch.Tensor):
-                self.targets_reason = f"targets such as {shorten(column[0])} do not make tensors of one shape"
-                return
-            if column.requires_grad:
-                self.targets_reason = "targets have a gradient"
-                return
-            if column.dtype not in DTYPES.values():
-                self.targets_reason = f"targets of {column.dtype} are not stored"
-                return
-        if self._targets is None:
-            self._targets = [torch.empty((self._size, *c.shape[1:]), dtype=c.dtype) for c in chunk.targets]
-        for mine, column in zip(self._targets, chunk.targets, strict=True):
-            if (mine.dtype, mine.shape[1:]) != (column.dtype, column.shape[1:]):
-                self.targets_reason = "targets change their type or shape within the dataset"
-                return
-            mine[chunk.indices] = column
-
-    def table(self, with_targets: bool) -> DatasetTable:
-        assert self._layout is not None
-        kept = with_targets and self.targets_reason is None and self._targets is not None
-        return DatasetTable(self._keys, tuple(self._targets or ()) if kept else None, self._layout.name)
 
 
 def _share_by_name(worker: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CacheReport", "EncoderReport"]
+__all__ = ["CacheReport", "EncoderReport", "readable_size"]
 
 
 @dataclass
@@ -21,6 +21,8 @@ class EncoderReport:
         hits: Items found in the store.
         duplicates: Items that equal an earlier one of the same chunk.
         source: Where the rows persist; None: in memory only.
+        tier_reason: Why AUTO took that tier; empty where the user named it.
+        verified: Stored rows that were encoded again and agreed.
     """
 
     name: str
@@ -32,6 +34,8 @@ class EncoderReport:
     hits: int = 0
     duplicates: int = 0
     source: str | None = None
+    tier_reason: str = ""
+    verified: int = 0
 
 
 @dataclass
@@ -77,7 +81,8 @@ class CacheReport:
         if not self.encoders:
             return f"No encoder is cached; labels not cached: {self.labels_reason}."
         parts = [
-            f"encoder {report.name!r} on {report.tier}: {report.rows:,} rows, {_size(report.nbytes)} "
+            f"encoder {report.name!r} on {report.tier}{report.tier_reason and f' (AUTO: {report.tier_reason})'}: "
+            f"{report.rows:,} rows, {readable_size(report.nbytes)} "
             + (f"from {report.source}" if report.source else "in memory")
             for report in self.encoders.values()
         ]
@@ -88,7 +93,13 @@ class CacheReport:
         )
 
 
-def _size(nbytes: int) -> str:
+def readable_size(nbytes: int) -> str:
+    """Write a number of bytes for people.
+
+    Example:
+        >>> readable_size(1_536_000)
+        '1.5 MB'
+    """
     size = float(nbytes)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

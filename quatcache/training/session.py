@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from quatcache.data.batches import Batch, CachedColumns
 from quatcache.data.samples import read_sample
-from quatcache.encoders import Encoder, Identity, identify
+from quatcache.encoders import Encoder, identify
 from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.weights import to_device
@@ -31,7 +31,8 @@ from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, 
 from quatcache.training.keying import KeyScheme
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
-from quatcache.training.placement import place_rows
+from quatcache.training.opening import autocast_of, canary_for, open_rows
+from quatcache.training.placement import Placement, place_rows
 from quatcache.training.progress import fill_progress
 from quatcache.training.report import CacheReport, EncoderReport
 from quatcache.training.sources import LoaderSources
@@ -71,7 +72,13 @@ class CacheSession:
             for name, encoder in sorted(self._real.items())
             if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
         ]
-        self._directory = CacheDirectory(self._config.save_dir) if self._config.save_dir is not None else None
+        self._directory: CacheDirectory | None = None
+        if self._config.save_dir is not None:
+            self._directory = CacheDirectory(
+                self._config.save_dir,
+                verify_checksums=self._config.checksums,
+                memory_map=self._config.memory_map,
+            )
         self._fills: dict[str, EncoderFill] = {}
         self._frozen: dict[str, FrozenEncoder] = {}
         self._stores: dict[str, RowStore] = {}
@@ -138,14 +145,16 @@ class CacheSession:
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
             fills = self._fill(fresh)
-        placed: dict[tuple[int, CacheType], tuple[RowStore, CacheType]] = {}  # encoders may share a store
+        placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
         for name, encoder in self._fills.items():
             asked = self._config.tier_of(name)
             place = id(encoder.store), asked
             if place not in placed:
-                placed[place] = place_rows(name, encoder.store, asked, self._module.device)
-            self._stores[name], tier = placed[place]
-            self._note(encoder, tier)
+                placed[place] = place_rows(
+                    name, encoder.store, asked, self._module.device, memory_map=self._config.memory_map
+                )
+            self._stores[name] = placed[place].store
+            self._note(encoder, placed[place])
         self._datasets.update(fills)
         self._columns.update({key: fill.columns() for key, fill in fills.items()})
         self.guard.remember()
@@ -167,10 +176,11 @@ class CacheSession:
         if not self._plan(fills) or self._directory is None:
             self._run(fills, context)
             return fills
-        stores = [encoder.store for encoder in self._fills.values() if isinstance(encoder.store, DiskStore)]
+        shared = {id(encoder.store): encoder.store for encoder in self._fills.values()}  # encoders may share a store
+        stores = [store for store in shared.values() if isinstance(store, DiskStore)]
         with ExitStack() as lock:
             try:
-                lock.enter_context(self._directory.filling())
+                lock.enter_context(self._directory.filling(stores))
             except StoreError as error:
                 if not any(len(store) for store in stores):
                     raise
@@ -180,11 +190,12 @@ class CacheSession:
             news = [store.refresh() for store in stores]
             if any(news):  # another process filled while this one waited
                 self._plan(fills)
-            try:
-                self._run(fills, context)
-            finally:  # what was encoded before an error or Ctrl-C is kept
+            with ExitStack() as kept:  # what was encoded before an error or Ctrl-C is kept
                 for store in stores:
-                    store.flush()
+                    kept.callback(store.flush)
+                self._run(fills, context)
+            for store in stores:
+                store.compact()
             for fill in fills.values():
                 fill.keep(self._directory)
         return fills
@@ -193,6 +204,8 @@ class CacheSession:
         return sum(fill.plan(self._directory) for fill in fills.values())
 
     def _run(self, fills: Mapping[int, DatasetFill], context: Any) -> None:
+        for fill in fills.values():
+            fill.verify()
         total = sum(fill.to_read for fill in fills.values())
         shown = total > 0 and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
         with fill_progress(total, shown) as advance:
@@ -209,7 +222,7 @@ class CacheSession:
     def _open(self, fills: list[DatasetFill]) -> None:
         """Open a store for every encoder to be cached, and decide on labels."""
         self.report.labels, self.report.labels_reason = self._decide_labels()
-        items = sum(len(fill.dataset) for fill in fills)
+        items, device = sum(len(fill.dataset) for fill in fills), self._module.device
         stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
         for name in self._cached:
             encoder = self._real[name]
@@ -227,53 +240,32 @@ class CacheSession:
                 own: object = (id(encoder), scheme.salt)
                 stores.setdefault(own, TensorStore(dtype=self._config.storage_dtype, capacity=items))
             else:
-                identity = self._identity(encoder)
+                identity = identify(encoder, autocast=autocast_of(str(self._trainer.precision)))
                 own = identity.digest
                 if own not in stores:
-                    stores[own] = self._open_disk(name, identity)
+                    stores[own] = open_rows(name, identity, self._directory, self._config.storage_dtype, device)
             self._fills[name] = EncoderFill(
                 name,
                 scheme,
                 stores[own],
-                partial(self._frozen_encoder, name),
+                partial(self._encoder_to_fill, name),
                 encoder.length,
                 extracted=None if scheme.extractor is None else ExtractedKeys(scheme, self._tables(name)),
+                canary=canary_for(
+                    name, stores[own], self._config.verify, partial(self._frozen_encoder, name), self._trainer, device
+                ),
             )
 
     def _tables(self, name: str) -> Iterable[DatasetTable]:
         return () if self._directory is None else self._directory.tables([name])
 
-    def _identity(self, encoder: Encoder) -> Identity:
-        precision = str(self._trainer.precision)
-        return identify(encoder, autocast=precision if "mixed" in precision else None)
-
-    def _open_disk(self, name: str, identity: Identity) -> DiskStore:
-        assert self._directory is not None
-        store = self._directory.store(identity.digest, identity.facts, self._config.storage_dtype)
-        if not len(store):
-            self._explain(name, identity)
-        return store
-
-    def _explain(self, name: str, identity: Identity) -> None:
-        """Say how an encoder without rows differs from the one that comes closest to it."""
-        assert self._directory is not None
-        others = [Identity.of(manifest.facts) for manifest in self._directory.manifests()]
-        alike = [other for other in others if other.facts.get("class") == identity.facts.get("class")]
-        differences = [lines for other in alike if (lines := other.differences(identity))]
-        if differences:  # those of another class differ in everything, which explains nothing
-            closest = min(differences, key=len)
-            closest = closest[:3] + [f"and {len(closest) - 3} more"] * (len(closest) > 3)
-            logger.info(
-                "Encoder %r has no rows in %s; the closest one there differs: %s.",
-                name,
-                self._directory.path,
-                "; ".join(closest),
-            )
+    def _encoder_to_fill(self, name: str) -> FrozenEncoder:
+        if self._unwritable is not None:
+            raise self._unwritable
+        return self._frozen_encoder(name)
 
     def _frozen_encoder(self, name: str) -> FrozenEncoder:
         """Make the real encoder ready, the first time that an item must be encoded."""
-        if self._unwritable is not None:
-            raise self._unwritable
         if name not in self._frozen:
             precision, device = self._trainer.precision_plugin, self._module.device
             self._frozen[name] = FrozenEncoder(
@@ -299,11 +291,11 @@ class CacheSession:
             return False, f"the fill has {config.num_workers} workers (labels=True caches them all the same)"
         return True, "every encoder is cached, keys are the default ones and the fill is single-process"
 
-    def _note(self, encoder: EncoderFill, tier: CacheType) -> None:
+    def _note(self, encoder: EncoderFill, placement: Placement) -> None:
         counts, store = encoder.counts, encoder.store
         self.report.encoders[encoder.name] = EncoderReport(
             encoder.name,
-            tier.name,
+            placement.tier.name,
             len(store),
             store.nbytes,
             counts.asked,
@@ -311,6 +303,8 @@ class CacheSession:
             counts.hits,
             counts.duplicates,
             str(store.directory) if isinstance(store, DiskStore) else None,
+            placement.reason,
+            0 if encoder.canary is None else encoder.canary.compared,
         )
 
     def _swap(self) -> None:

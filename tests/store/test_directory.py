@@ -17,6 +17,11 @@ from quatcache.store import CacheDirectory, DatasetTable, environment
 DIGEST = "0123456789abcdef" * 2
 
 
+def filling(path, digest=DIGEST):
+    directory = CacheDirectory(path)
+    return directory.filling([directory.store(digest, {})])
+
+
 def put(store, *names):
     store.put_many(content_keys(list(names)), torch.ones(len(names), 2))
     store.flush()
@@ -85,13 +90,14 @@ def test_environment_names_hardware_and_libraries():
 def test_unwritable_directory_is_told_before_anything_is_computed(tmp_path):
     (tmp_path / "taken").write_text("")
     named = r"cannot write into save_dir .*taken.*; permit writing there, name another"
-    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        with pytest.raises(StoreError, match=named), CacheDirectory(path).filling():
-            raise AssertionError("the fill must not start")
+    with pytest.raises(StoreError, match=named), filling(tmp_path / "taken" / "below"):
+        raise AssertionError("the fill must not start")
+    with pytest.raises(StoreError, match=r"save_dir .*taken is a file; name a directory"), filling(tmp_path / "taken"):
+        raise AssertionError("the fill must not start")
 
 
 def test_one_process_fills_while_others_wait_and_say_so(tmp_path, caplog):
-    directory, inside, release, order = CacheDirectory(tmp_path), threading.Event(), threading.Event(), []
+    inside, release, order = threading.Event(), threading.Event(), []
     waits = threading.Event()
 
     class Listener(logging.Handler):
@@ -100,13 +106,13 @@ def test_one_process_fills_while_others_wait_and_say_so(tmp_path, caplog):
             waits.set()
 
     def first():
-        with directory.filling():
+        with filling(tmp_path):
             inside.set()
             release.wait(30)
             order.append("first done")
 
     def second():
-        with CacheDirectory(tmp_path).filling():
+        with filling(tmp_path):
             order.append("second")
 
     logger, listener = logging.getLogger("quatcache.store.directory"), Listener(logging.INFO)
@@ -125,28 +131,63 @@ def test_one_process_fills_while_others_wait_and_say_so(tmp_path, caplog):
     finally:
         logger.removeHandler(listener)
         logger.setLevel(level)
-    assert order == [f"Another process is filling {tmp_path}: waiting for its rows.", "first done", "second"]
+    waiting = f"Another process is filling {tmp_path / 'encoders' / DIGEST}: waiting for its rows (0 so far)."
+    assert order == [waiting, "first done", "second"]
+
+
+def test_fills_of_other_encoders_do_not_wait(tmp_path):
+    with filling(tmp_path), filling(tmp_path, "f" * 32):
+        pass
+
+
+def test_fills_of_several_encoders_take_them_in_one_order(tmp_path, monkeypatch):
+    taken = []
+    directory = CacheDirectory(tmp_path)
+    monkeypatch.setattr(CacheDirectory, "_acquire", lambda self, lock, directory: taken.append(directory.name))
+    stores = [directory.store(digest, {}) for digest in ("b" * 32, "a" * 32, "b" * 32, "c" * 32)]
+    with directory.filling(stores):
+        assert taken == ["a" * 32, "b" * 32, "c" * 32]
+
+
+def test_waiting_is_told_again_with_the_rows_that_are_there(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("quatcache.store.directory.SECONDS_BETWEEN_MESSAGES", 0.01)
+    store = CacheDirectory(tmp_path).store(DIGEST, {})
+    real, messages = logging.Logger.info, []
+
+    with filling(tmp_path) as _, monkeypatch.context() as patched:
+
+        def info(logger, text, *args):
+            messages.append(text % args)
+            if len(messages) == 1:
+                put(store, "a", "b")
+            if len(messages) == 2:
+                raise KeyboardInterrupt
+
+        patched.setattr(logging.Logger, "info", info)
+        with pytest.raises(KeyboardInterrupt), filling(tmp_path):
+            raise AssertionError("two processes fill")
+    assert real is logging.Logger.info
+    assert [text.rpartition("(")[2] for text in messages] == ["0 so far).", "2 so far)."]
 
 
 def test_lock_is_given_back_after_an_error(tmp_path):
-    directory = CacheDirectory(tmp_path)
-    with pytest.raises(KeyboardInterrupt), directory.filling():
+    with pytest.raises(KeyboardInterrupt), filling(tmp_path):
         raise KeyboardInterrupt
-    with CacheDirectory(tmp_path).filling():
+    with filling(tmp_path):
         pass
 
 
 def test_error_of_the_fill_itself_is_not_taken_for_one_of_the_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match="an image"), CacheDirectory(tmp_path).filling():
+    with pytest.raises(FileNotFoundError, match="an image"), filling(tmp_path):
         raise FileNotFoundError("an image of the dataset")
 
 
 def test_killed_fill_does_not_block_the_next(tmp_path):
     code = (
-        "import os, signal, sys; from quatcache.store.directory import CacheDirectory\n"
-        "with CacheDirectory(sys.argv[1]).filling(): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from quatcache.store import CacheDirectory; d = CacheDirectory(sys.argv[1])\n"
+        "with d.filling([d.store(sys.argv[2], {})]): os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={"PYTHONPATH": ":".join(sys.path)})
-    assert killed.returncode < 0 and (tmp_path / ".fill.lock").exists()
-    with CacheDirectory(tmp_path).filling():
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path), DIGEST], env={"PYTHONPATH": ":".join(sys.path)})
+    assert killed.returncode < 0 and list(tmp_path.glob("encoders/*/.fill.lock"))
+    with filling(tmp_path):
         pass

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,6 +255,122 @@ def test_rows_that_another_process_made_impossible_are_refused_at_the_commit(tmp
     assert held(DiskStore(tmp_path, DIGEST), 1, 5) == [1]
 
 
+# Packing -----------------------------------------------------------------------------------------------------------
+
+
+def small_shards(directory, count, **options):
+    store = DiskStore(directory, DIGEST, shard_bytes=1 << 20, **options)
+    for number in range(count):
+        put(store, number)
+        store.flush()
+    return store
+
+
+def test_many_small_shards_become_one_and_every_row_stays(tmp_path):
+    store = small_shards(tmp_path, 9)
+    numbers = store.rows_of(keys_of(*range(9))).tolist()
+    reader = DiskStore(tmp_path, DIGEST)
+    store.compact()
+    assert len(shards(tmp_path)) == 1
+    assert store.rows_of(keys_of(*range(9))).tolist() == numbers
+    for known in (store, reader, DiskStore(tmp_path, DIGEST)):
+        assert held(known, *range(10)) == list(range(9)) and len(known) == 9
+    put(store, 9)
+    store.flush()
+    assert held(DiskStore(tmp_path, DIGEST), *range(11)) == list(range(10))
+    assert reader.refresh() and held(reader, *range(10)) == list(range(10)) and reader.nbytes == 80
+    assert not store.refresh() and store.nbytes == 80
+
+
+def test_few_small_shards_and_big_ones_are_left_alone(tmp_path):
+    small_shards(tmp_path, 7).compact()
+    assert len(shards(tmp_path)) == 7
+    before = shards(tmp_path)
+    DiskStore(tmp_path, DIGEST, shard_bytes=2).compact()  # what is left is big then
+    assert shards(tmp_path) == before
+
+
+def test_packed_shard_has_the_latest_row_of_a_key_that_was_put_again(tmp_path):
+    store = small_shards(tmp_path, 8)
+    store.put_many(keys_of(3), rows_of(33))
+    store.flush()
+    store.compact()
+    assert len(shards(tmp_path)) == 1 and len(load_file(shards(tmp_path)[0])["keys"]) == 8
+    assert DiskStore(tmp_path, DIGEST).get_many(keys_of(3)).values.tolist() == rows_of(33).tolist()
+
+
+def test_packing_leaves_a_run_with_a_damaged_shard_for_the_next_fill(tmp_path, caplog):
+    store = small_shards(tmp_path, 9)
+    flip_a_value(shards(tmp_path)[4], None)
+    store.compact()
+    assert len(shards(tmp_path)) == 9 and shards(tmp_path)[4].name in caplog.text
+    assert len(refill(tmp_path, *range(9))) == 1
+
+
+def test_packing_that_cannot_write_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    store = small_shards(tmp_path, 9)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quatcache.store.files.save_file", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.compact()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_reader_that_had_read_the_manifest_before_a_packing_reads_it_again(tmp_path, monkeypatch):
+    store = small_shards(tmp_path, 9)
+    real, reads = disk_module.mended_manifest, []
+
+    def packed_meanwhile(directory, expected):
+        manifest = real(directory, expected)
+        if not reads:
+            reads.append(manifest)
+            store.compact()
+        return manifest
+
+    monkeypatch.setattr(disk_module, "mended_manifest", packed_meanwhile)
+    assert held(DiskStore(tmp_path, DIGEST), *range(9)) == list(range(9)) and len(reads[0].shards) == 9
+
+
+def test_packing_takes_the_rows_of_others_along(tmp_path):
+    store = small_shards(tmp_path, 8)
+    commit(tmp_path, 8)
+    store.compact()
+    assert len(shards(tmp_path)) == 1 and held(store, *range(9)) == list(range(8))
+    assert store.refresh() and held(store, *range(9)) == list(range(9))
+
+
+def test_store_that_reads_shards_whole_maps_none(tmp_path, monkeypatch):
+    commit(tmp_path, 1, 2)
+    commit(tmp_path, 3, dtype=None)
+
+    def refuse(*args):
+        raise AssertionError("mapped")
+
+    monkeypatch.setattr("quatcache.store.shards.open_tensors", refuse)
+    store = DiskStore(tmp_path, DIGEST, memory_map=False)
+    assert held(store, 1, 2, 3) == [1, 2, 3]
+    loaded = store.load()
+    assert held(loaded, 1, 2, 3) == [1, 2, 3] and held(store, 1, 2, 3) == [1, 2, 3]
+    pointers = {shard.untyped_storage().data_ptr() for shard in store._shards}
+    assert pointers == {loaded.rows.untyped_storage().data_ptr()}, "rows are held twice"
+
+
+@pytest.mark.parametrize("memory_map", [True, False])
+def test_both_ways_of_reading_refuse_the_same_damage(tmp_path, caplog, memory_map):
+    for number, damage in enumerate(DAMAGES):
+        directory = tmp_path / str(number)
+        one, other = commit(directory, 1, 2, 3), commit(directory, 4, 5, 6)
+        damage(one, other)
+        caplog.clear()
+        expected = [] if damage is swap else [4, 5, 6]
+        assert held(DiskStore(directory, DIGEST, memory_map=memory_map), *range(7)) == expected, damage.__name__
+        assert one.name in caplog.text
+
+
 # Crashes -----------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +390,71 @@ def test_kill_between_shard_and_manifest_leaves_an_orphan_that_nobody_reads(tmp_
     assert held(DiskStore(tmp_path, DIGEST), 1, 2) == [1]
     store.flush()  # the process lives on: its rows were not lost
     assert held(DiskStore(tmp_path, DIGEST), 1, 2) == [1, 2] and held(store, 1, 2) == [1, 2]
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty", "flipped", "other kind", "no object"])
+def test_manifest_that_was_damaged_or_lost_is_made_again_from_its_shards(tmp_path, caplog, harm):
+    facts = {"facts": {"pooling": "mean"}, "environment": {"torch": "2.13"}}
+    for numbers in ((1, 2), (3,), (2,)):
+        commit(tmp_path, *numbers, dtype=torch.float16, **facts)
+    path = tmp_path / MANIFEST_NAME
+    whole = Manifest.read(tmp_path)
+    if harm == "gone":
+        path.unlink()
+    else:
+        text = path.read_text()
+        changed = {"empty": "", "flipped": text.replace("mean", "meaN"), "no object": "[]"}
+        path.write_text(changed.get(harm, text.replace('"quatcache"', '"quetcache"')))
+    with caplog.at_level(logging.WARNING, "quatcache"):
+        store = DiskStore(tmp_path, DIGEST, dtype=torch.float16, **facts)
+    assert held(store, 1, 2, 3) == [1, 2, 3] and store.given_dtype is torch.float32
+    assert len(caplog.records) == 1 and str(tmp_path) in caplog.text and "made again" in caplog.text
+    assert Manifest.read(tmp_path) == replace(whole, environment={}, created=Manifest.read(tmp_path).created)
+    caplog.clear()
+    assert held(DiskStore(tmp_path, DIGEST, dtype=torch.float16), 1, 2, 3) == [1, 2, 3] and not caplog.records
+
+
+def test_manifest_made_again_leaves_out_damaged_and_foreign_shards(tmp_path, caplog):
+    good, bad, foreign = (commit(tmp_path / "one", number) for number in (1, 2, 3))
+    flip_a_value(bad, None)
+    other = DiskStore(tmp_path / "other", OTHER_DIGEST)
+    put(other, 3)
+    other.flush()
+    foreign.write_bytes(shards(tmp_path / "other")[0].read_bytes())
+    (tmp_path / "one" / MANIFEST_NAME).unlink()
+    assert held(DiskStore(tmp_path / "one", DIGEST), 1, 2, 3) == [1]
+    assert bad.name in caplog.text and foreign.name in caplog.text and good.name not in caplog.text
+    assert refill(tmp_path / "one", 1, 2, 3) == [2, 3]
+
+
+def test_commit_onto_a_manifest_that_was_damaged_meanwhile_loses_nothing(tmp_path):
+    store = DiskStore(tmp_path, DIGEST)
+    for number in (1, 2):
+        put(store, number)
+        store.flush()
+        (tmp_path / MANIFEST_NAME).write_text("{")
+    put(store, 3)
+    store.flush()
+    assert held(DiskStore(tmp_path, DIGEST), 1, 2, 3) == [1, 2, 3]
+
+
+def test_rows_behind_a_lost_manifest_are_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    commit(tmp_path, 1)
+    (tmp_path / MANIFEST_NAME).unlink()
+
+    def refuse(path):
+        raise StoreError("read-only")
+
+    monkeypatch.setattr("quatcache.store.recovery.locked", refuse)
+    assert held(DiskStore(tmp_path, DIGEST), 1) == [1] and not (tmp_path / MANIFEST_NAME).exists()
+
+
+def test_newer_manifest_is_no_damage(tmp_path):
+    commit(tmp_path, 1)
+    edit_manifest(tmp_path, lambda content: content.update(version=2))
+    with pytest.raises(FormatError, match="has format version 2"):
+        DiskStore(tmp_path, DIGEST)
+    assert json.loads((tmp_path / MANIFEST_NAME).read_text())["version"] == 2
 
 
 def test_failed_write_keeps_what_was_committed_and_what_waits(tmp_path, monkeypatch):
@@ -364,7 +546,7 @@ def remake(**tensors):
 
     def damage(path, other):
         save_file(tensors, path)
-        size, digest = path.stat().st_size, disk_module.checksum(path)
+        size, digest = path.stat().st_size, checksum(path)
 
         def change(content):
             (entry,) = [entry for entry in content["shards"] if entry["file"] == path.name]
@@ -538,16 +720,19 @@ def test_rows_of_one_encoder_never_enter_the_directory_of_another(tmp_path):
     assert DiskStore(tmp_path, OTHER_DIGEST).missing(keys_of(1, 2)).tolist() == [0]
 
 
-def test_directory_deleted_while_open_does_not_lose_rows_in_hand(tmp_path):
+def test_directory_that_vanishes_during_a_fill_is_told_and_not_made_again(tmp_path):
     store = DiskStore(tmp_path / "rows", DIGEST)
     put(store, 1)
     store.flush()
-    shutil.rmtree(tmp_path / "rows")
+    shutil.move(tmp_path / "rows", tmp_path / "elsewhere")  # as a disk that is unmounted
     put(store, 2)
+    with pytest.raises(StoreError, match=r"rows disappeared while .*; bring it back, or choose another save_dir"):
+        store.flush()
+    assert not (tmp_path / "rows").exists()
     assert held(store, 1, 2) == [1, 2]
+    shutil.move(tmp_path / "elsewhere", tmp_path / "rows")
     store.flush()
-    assert held(store, 1, 2) == [1, 2]
-    assert held(DiskStore(tmp_path / "rows", DIGEST), 1, 2) == [2]
+    assert held(DiskStore(tmp_path / "rows", DIGEST), 1, 2) == [1, 2]
 
 
 def test_reading_writes_nothing(tmp_path):

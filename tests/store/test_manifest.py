@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from quatcache.errors import FormatError, StoreError
-from quatcache.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry
+from quatcache.store.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from quatcache.store.shards import RowKind, ShardEntry
 from tests.stores_for_tests import sealed
 
 SHARD = ShardEntry("shard-0123456789abcdef.safetensors", rows=3, bytes=100, xxh3="0" * 32)
+OTHER = ShardEntry("shard-fedcba9876543210.safetensors", rows=1, bytes=100, xxh3="0" * 32)
 ONE = {"file": SHARD.file, "rows": 3, "bytes": 100, "xxh3": "0" * 32}
 FULL = Manifest("d" * 32, {"pooling": "mean", "layers": [1, 2]}, {"torch": "2.13"}).with_shard(
-    SHARD, (4, 2), torch.bfloat16, torch.float32
+    SHARD, RowKind((4, 2), torch.bfloat16, torch.float32)
 )
 
 
@@ -43,7 +45,7 @@ def test_empty_manifest_is_read_back_as_written(tmp_path):
 
 @pytest.mark.parametrize("shape", [(), (0,), (384,), (3, 224, 224)], ids=str)
 def test_any_row_shape_is_read_back(tmp_path, shape):
-    Manifest("d" * 32, {}, {}).with_shard(SHARD, shape, torch.int64, torch.int64).write(tmp_path)
+    Manifest("d" * 32, {}, {}).with_shard(SHARD, RowKind(shape, torch.int64, torch.int64)).write(tmp_path)
     assert Manifest.read(tmp_path).row_shape == shape
 
 
@@ -62,15 +64,15 @@ def test_no_manifest_is_none(tmp_path):
     ids=["shape", "dtype", "given-dtype"],
 )
 def test_shard_of_other_rows_is_refused(other):
-    with pytest.raises(FormatError, match=f"encoder {'d' * 32} holds rows of .* delete its directory"):
-        FULL.with_shard(SHARD, *other)
+    with pytest.raises(FormatError, match=f"encoder {'d' * 32} holds RowKind.* delete its directory"):
+        FULL.with_shard(OTHER, RowKind(*other))
 
 
 def test_dropped_shards_are_gone_and_make_room_for_other_rows():
     assert FULL.without({"another"}) == FULL
     emptied = FULL.without({SHARD.file})
     assert emptied.shards == () and emptied.facts == FULL.facts
-    assert emptied.with_shard(SHARD, (9,), torch.float32, torch.float32).row_shape == (9,)
+    assert emptied.with_shard(SHARD, RowKind((9,), torch.float32, torch.float32)).row_shape == (9,)
 
 
 def test_unknown_entries_of_the_same_version_are_ignored(tmp_path, content):
@@ -115,7 +117,7 @@ def test_file_of_another_kind_is_refused(tmp_path, content, change):
 )
 def test_shard_name_that_could_lead_elsewhere_is_refused(tmp_path, content, name):
     content["shards"][0]["file"] = name
-    with pytest.raises(FormatError, match=r"manifest.json is damaged .* delete it, and its rows are encoded again"):
+    with pytest.raises(FormatError, match=r"manifest.json is damaged .* made again when the cache is next used"):
         read(tmp_path, content)
 
 

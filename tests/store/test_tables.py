@@ -13,8 +13,8 @@ import torch
 
 from quatcache.errors import StoreError
 from quatcache.keys import content_keys
-from quatcache.store.files import write_tensors
-from quatcache.store.tables import DatasetTable, _digest, read_tables, write_table
+from quatcache.store.files import content_digest, write_tensors
+from quatcache.store.tables import DatasetTable, read_tables, write_table
 
 
 def table(*names, targets=True, encoders=("text",), width=1):
@@ -145,7 +145,7 @@ def test_damaged_table_is_passed_over_with_a_warning_and_written_again(tmp_path,
 def craft(directory, tensors, **about):
     """Write a table whose content does hash to its name, as an attacker would."""
     about = {"version": 1, "samples": 2, "layout": "group", "encoders": ["text"], "targets": 1} | about
-    path = directory / f"{_digest(about, tensors)}.safetensors"
+    path = directory / f"{content_digest(about, tensors)}.safetensors"
     write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
 
 

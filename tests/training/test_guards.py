@@ -263,7 +263,7 @@ def test_a_directory_that_may_only_be_read_serves_what_it_has(tmp_path, monkeypa
     data = Texts(texts(40))
     fit(Model(cache=CacheConfig(save_dir=tmp_path)), loader(data))
 
-    def refuse(self):
+    def refuse(self, stores):
         raise StoreError("cannot write into save_dir")
 
     monkeypatch.setattr("quatcache.store.directory.CacheDirectory.filling", refuse)

@@ -97,6 +97,6 @@ def test_one_line_says_what_is_cached_and_why_labels_are(caplog, tmp_path):
         run(save_dir=tmp_path)
     lines = [record.getMessage() for record in caplog.records if "labels" in record.getMessage()]
     assert len(lines) == 1
-    assert "encoder 'default' on CPU: 40 rows, 2.6 kB from " in lines[0]
+    assert "encoder 'default' on CPU (AUTO: 2.6 kB of " in lines[0] and "): 40 rows, 2.6 kB from " in lines[0]
     assert "40 items encoded in" in lines[0]
     assert "labels cached: every encoder is cached" in lines[0]

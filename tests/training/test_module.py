@@ -164,7 +164,7 @@ def test_logging_without_a_setup_shows_the_line_of_a_fit():
         "f.fit(model, f.loader(f.Texts(f.texts(9))))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "quatcache: encoder 'default' on CPU: 9 rows" in done.stderr
+    assert "quatcache: encoder 'default' on CPU (AUTO: 576 bytes of " in done.stderr and ": 9 rows" in done.stderr
 
 
 def test_importing_the_package_loads_neither_torch_nor_lightning():

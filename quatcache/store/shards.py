@@ -1,0 +1,177 @@
+"""One shard: a safetensors file with the keys and rows of one commit, written once and never changed.
+
+A shard can be judged alone. Its metadata name the encoder and digest what it holds, so a manifest that was lost is made
+again from its shards; the manifest in turn has the checksum of the whole file, which any tool can compute.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quatcache.errors import FormatError
+from quatcache.keys import KeyArray
+from quatcache.store.files import DTYPES, checksum, content_digest, open_tensors, read_tensors, write_tensors
+
+__all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "write_shard"]
+
+_SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
+
+
+def is_shard_name(name: object) -> bool:
+    """Say whether a file name may be that of a shard.
+
+    Example:
+        >>> is_shard_name("shard-0123456789abcdef.safetensors"), is_shard_name("../shard-0123456789abcdef.safetensors")
+        (True, False)
+    """
+    return isinstance(name, str) and _SHARD_NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One committed shard, as its manifest has it.
+
+    Attributes:
+        file: Its name in the directory of the manifest.
+        rows: How many rows it holds.
+        bytes: Its size.
+        xxh3: xxh3_128 of its bytes, 32 hex characters.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """What all shards of one store have in common.
+
+    Attributes:
+        row_shape: Shape of one row.
+        dtype: Storage dtype.
+        given_dtype: Dtype that the encoder gives.
+    """
+
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+    given_dtype: torch.dtype
+
+
+def write_shard(
+    directory: Path,
+    identity: str,
+    keys: KeyArray,
+    rows: torch.Tensor,
+    given_dtype: torch.dtype,
+    *,
+    repacked: bool = False,
+) -> ShardEntry:
+    """Write one shard; it counts once a manifest names it.
+
+    Args:
+        directory: The directory of the store.
+        identity: Digest of the encoder.
+        keys: Distinct keys ``(n, 2)``.
+        rows: Rows ``(n, *row_shape)`` in the storage dtype.
+        given_dtype: Dtype that look-ups return.
+        repacked: Whether the rows come from other shards, which this one takes the place of.
+
+    Raises:
+        StoreError: The directory cannot be written.
+    """
+    path = directory / f"shard-{secrets.token_hex(8)}.safetensors"
+    tensors = {"keys": torch.from_numpy(keys), "values": rows}
+    about = {"quatcache": "shard", "identity": identity, "given_dtype": _name(given_dtype)}
+    if repacked:
+        about["repacked"] = "true"
+    write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
+    return ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
+
+
+def open_shard(
+    directory: Path,
+    entry: ShardEntry,
+    identity: str,
+    kind: RowKind,
+    *,
+    verify_checksum: bool = True,
+    memory_map: bool = True,
+) -> tuple[KeyArray, torch.Tensor, bool]:
+    """Open one shard, and hold it against its entry before a row of it is used.
+
+    Args:
+        directory: The directory of the store.
+        entry: What the manifest says of it.
+        identity: Digest of the encoder.
+        kind: What its rows must be like.
+        verify_checksum: Compare the bytes of the file with the checksum of the entry.
+        memory_map: Map the file; false: read it whole, as network disks need it.
+
+    Returns:
+        Keys ``(n, 2)``, rows ``(n, *row_shape)``, and whether the rows were repacked from other shards.
+
+    Raises:
+        FormatError: The shard is missing, damaged, or of another encoder.
+        StoreError: It cannot be read.
+    """
+    path = directory / entry.file
+    tensors, about = (open_tensors if memory_map else read_tensors)(path, entry.bytes)
+    if about.get("identity") != identity:
+        raise FormatError(f"{path} belongs to encoder {about.get('identity')}; its rows are encoded again.")
+    if verify_checksum and checksum(path) != entry.xxh3:
+        raise FormatError(f"{path} does not match its checksum; its rows are encoded again.")
+    keys, rows = _keys_and_rows(path, tensors)
+    if len(keys) != entry.rows:
+        raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
+    if (tuple(rows.shape[1:]), rows.dtype) != (kind.row_shape, kind.dtype):
+        raise FormatError(
+            f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape[1:])} instead of {kind.dtype} rows of shape "
+            f"{kind.row_shape}; it is encoded again."
+        )
+    return keys.numpy(), rows, about.get("repacked") == "true"
+
+
+def judge_alone(path: Path, identity: str) -> tuple[ShardEntry, RowKind]:
+    """Check a shard by its own digest, without a manifest.
+
+    Returns:
+        What a manifest says of it.
+
+    Raises:
+        FormatError: It is damaged, or of another encoder.
+        StoreError: It cannot be read.
+    """
+    tensors, about = open_tensors(path)
+    recorded = about.pop("xxh3", None)
+    if about.get("quatcache") != "shard" or about.get("identity") != identity:
+        raise FormatError(f"{path} belongs to encoder {about.get('identity')}; it is left out.")
+    if recorded is None or content_digest(about, tensors) != recorded:
+        raise FormatError(f"{path} does not match its own digest; its rows are encoded again.")
+    keys, rows = _keys_and_rows(path, tensors)
+    given_dtype = DTYPES.get(about.get("given_dtype", ""))
+    if given_dtype is None or rows.dtype not in DTYPES.values():
+        raise FormatError(f"{path} names no known dtype; its rows are encoded again.")
+    entry = ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
+    return entry, RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
+
+
+def _keys_and_rows(path: Path, tensors: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, rows = tensors.get("keys"), tensors.get("values")
+    if keys is None or rows is None or keys.dtype != torch.int64 or keys.dim() != 2 or keys.shape[1] != 2:
+        raise FormatError(f"{path} does not hold keys and values; its rows are encoded again.")
+    if not rows.dim() or len(rows) != len(keys):
+        raise FormatError(f"{path} holds rows of shape {tuple(rows.shape)} for {len(keys)} keys; it is encoded again.")
+    return keys, rows
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,150 @@
+"""The canary: a few stored rows are encoded again and compared, where something may have changed unseen.
+
+The identity covers all that an encoder says about itself. What the libraries under it do with that it cannot know: a
+new version of a tokenizer library, of a kernel, another kind of hardware. So the environment of a fill is recorded with
+its rows, and in another one some of them are encoded once more before any is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.errors import StaleRowsError
+from quatcache.keys import KeyArray, distinct
+from quatcache.store import DiskStore
+
+__all__ = ["Canary", "relative_differences"]
+
+logger = logging.getLogger(__name__)
+
+ROWS = 8
+"""Rows that ``verify="auto"`` compares."""
+
+NONE = "(none)"
+
+_TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest length of the difference over the length of the row. Padding changes a float32 row by 1e-7 of it, another
+kind of kernel by 1e-5, reduced precision inside matrix products by up to 1e-3; another model by about 1."""
+
+
+class Canary:
+    """Compares rows of one store with what the encoder gives now.
+
+    Args:
+        name: The encoder's name in its model.
+        store: Its rows.
+        environment: Library versions and hardware now.
+        verify: ``"auto"``: :data:`ROWS` rows, if the environment is not one in which the rows were made or found right;
+            a number: so many rows in any case; 0: none.
+        encoder: Makes the real encoder ready.
+        narrowest: The dtype with the coarsest rounding on the way to a row, besides those of the store; None: these.
+
+    Attributes:
+        wanted: Rows still to be compared.
+        compared: Rows that were compared, and agreed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: DiskStore,
+        environment: Mapping[str, str],
+        verify: Literal["auto"] | int,
+        encoder: Callable[[], FrozenEncoder],
+        narrowest: torch.dtype | None = None,
+    ) -> None:
+        """Decide whether anything is to be compared."""
+        self.name = name
+        self._store = store
+        self._environment = environment
+        self._encoder = encoder
+        self._narrowest = narrowest
+        self._known = (store.manifest.environment, *store.manifest.verified)
+        if not len(store):
+            self.wanted = 0
+        elif verify == "auto":
+            self.wanted = 0 if environment in self._known else ROWS
+        else:
+            self.wanted = verify
+        self.compared = 0
+
+    def check(self, items: Sequence[Any], keys: KeyArray) -> None:
+        """Compare the rows of some items, until as many as wanted were.
+
+        Args:
+            items: N items, some of which may have a row.
+            keys: Their keys ``(N, 2)``.
+
+        Raises:
+            StaleRowsError: A row differs by more than the tolerance.
+        """
+        if not self.wanted:
+            return
+        firsts, _ = distinct(keys)
+        present = firsts[self._store.rows_of(keys[firsts]) >= 0]
+        if not len(present):
+            return
+        chosen = np.random.default_rng().permutation(present)[: self.wanted]  # its own: training draws from the global
+        stored = self._store.get_many(keys[chosen]).values
+        now = self._encoder().encode([items[position] for position in chosen.tolist()]).cpu()
+        differences = relative_differences(stored, now)
+        tolerance = self._tolerance(stored.dtype)
+        wrong = int((~(differences <= tolerance)).sum())
+        if wrong:
+            raise StaleRowsError(
+                f"{wrong} of {len(chosen)} rows of encoder {self.name!r} in {self._store.directory} differ from what "
+                f"it gives now, by up to {float(differences.max()):.3g} of their length (allowed: {tolerance:g})"
+                f"{self._changes()}; delete that directory to encode afresh, or use the rows as they are with "
+                "CacheConfig(verify=0)."
+            )
+        self.wanted -= len(chosen)
+        self.compared += len(chosen)
+        if not self.wanted:
+            logger.info(
+                "Encoder %r: %d stored rows agree with what it gives now%s.", self.name, self.compared, self._changes()
+            )
+            self._store.mark_verified(self._environment)
+
+    def _tolerance(self, given: torch.dtype) -> float:
+        dtypes = (given, self._store.manifest.dtype, self._narrowest)
+        return max((_TOLERANCES[dtype] for dtype in dtypes if dtype in _TOLERANCES), default=0.0)
+
+    def _changes(self) -> str:
+        if not self._known[0] or self._environment in self._known:
+            return ""
+        old, new = self._known[0], self._environment
+        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        return ", after " + ", ".join(
+            f"{name} {old.get(name, '(none)')} -> {new.get(name, '(none)')}" for name in names
+        )
+
+
+def relative_differences(stored: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Measure how far rows are from each other, each relative to the length of the stored one.
+
+    Args:
+        stored: ``(n, *shape)``.
+        now: Of the same shape and dtype, else each row counts as infinitely far.
+
+    Returns:
+        ``(n,)`` float64: 0 for equal rows; for whole numbers 0 or infinity.
+
+    Example:
+        >>> relative_differences(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]]))
+        tensor([0.1000], dtype=torch.float64)
+    """
+    if (stored.shape, stored.dtype) != (now.shape, now.dtype):
+        return torch.full((len(stored),), float("inf"), dtype=torch.float64)
+    one, other = stored.reshape(len(stored), -1), now.reshape(len(now), -1)
+    if not stored.is_floating_point():
+        return torch.where((one == other).all(dim=1), 0.0, float("inf")).double()
+    one, other = one.double(), other.double()
+    length: torch.Tensor = torch.linalg.vector_norm(one, dim=1)
+    distance: torch.Tensor = torch.linalg.vector_norm(one - other, dim=1)
+    return distance / length.clamp_min(1e-12)

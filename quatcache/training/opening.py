@@ -1,0 +1,99 @@
+"""Opening the rows of an encoder: which identity they must have, why there are none, and whether to trust them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from quatcache.encoders import Identity
+from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.store import CacheDirectory, DiskStore, RowStore, environment
+from quatcache.training.canary import Canary
+from quatcache.training.lightning import Trainer
+
+__all__ = ["autocast_of", "canary_for", "closest_differences", "open_rows"]
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 3
+
+
+def autocast_of(precision: str) -> str | None:
+    """Give what a trainer's precision adds to an encoder's identity; None: nothing.
+
+    Example:
+        >>> autocast_of("bf16-mixed"), autocast_of("32-true")
+        ('bf16-mixed', None)
+    """
+    return precision if "mixed" in precision else None
+
+
+def open_rows(
+    name: str, identity: Identity, directory: CacheDirectory, dtype: torch.dtype | None, device: torch.device
+) -> DiskStore:
+    """Open the rows of one encoder; if there are none, log how it differs from the encoder that comes closest.
+
+    Args:
+        name: Its name in the model.
+        identity: Its identity.
+        directory: Where rows persist.
+        dtype: Storage dtype; None: as the encoder gives them.
+        device: Where the encoder computes.
+
+    Raises:
+        FormatError: The store is of a newer version.
+        StoreError: It cannot be read.
+    """
+    store = directory.store(identity.digest, identity.facts, dtype, device)
+    store.mark_used()
+    if not len(store):
+        differences = closest_differences(identity, directory)
+        if differences:
+            shown = differences[:SHOWN] + [f"and {len(differences) - SHOWN} more"] * (len(differences) > SHOWN)
+            logger.info(
+                "Encoder %r has no rows in %s; the closest one there differs: %s.",
+                name,
+                directory.path,
+                "; ".join(shown),
+            )
+    return store
+
+
+def closest_differences(identity: Identity, directory: CacheDirectory) -> list[str]:
+    """Say how an encoder differs from the one in a directory that comes closest to it.
+
+    Returns:
+        Phrases as of :meth:`~quatcache.encoders.Identity.differences`; empty if no encoder of its class is there.
+    """
+    others = [Identity.of(manifest.facts) for manifest in directory.manifests()]
+    # those of another class differ in everything, which explains nothing
+    alike = [other for other in others if other.facts.get("class") == identity.facts.get("class")]
+    return min((lines for other in alike if (lines := other.differences(identity))), key=len, default=[])
+
+
+def canary_for(
+    name: str,
+    store: RowStore,
+    verify: Literal["auto"] | int,
+    encoder: Callable[[], FrozenEncoder],
+    trainer: Trainer,
+    device: torch.device,
+) -> Canary | None:
+    """Make the canary of one encoder; None for rows of this run only.
+
+    Args:
+        name: Its name in the model.
+        store: Its rows.
+        verify: As in the config.
+        encoder: Makes the real encoder ready.
+        trainer: Its precision decides how far rows may differ.
+        device: Where the encoder computes.
+    """
+    if not isinstance(store, DiskStore):
+        return None
+    precision = str(trainer.precision)
+    rounding = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
+    return Canary(name, store, environment(device), verify, encoder, rounding)
