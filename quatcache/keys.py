@@ -152,20 +152,28 @@ def distinct(keys: KeyArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Keys sorted by their first word, with the row of each. Equal first words keep no order: look-ups step on."""
+    """Distinct keys sorted by their first word, with the row of each. Look-ups step over equal first words."""
 
     first: npt.NDArray[np.int64]
     second: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, keys: KeyArray, rows: npt.NDArray[np.int64]) -> _Segment:
-        order = np.argsort(keys[:, 0], kind="stable")
-        return cls(
-            np.ascontiguousarray(keys[order, 0]),
-            np.ascontiguousarray(keys[order, 1]),
-            np.ascontiguousarray(rows[order]),
-        )
+    def of(cls, keys: KeyArray, rows: npt.NDArray[np.int64], *, in_runs: bool = False) -> _Segment:
+        """Sort keys; of equal ones the last counts. What consists of few sorted runs is merged in linear time."""
+        order = np.argsort(keys[:, 0], kind="stable" if in_runs else None)
+        first = keys[order, 0]
+        if (first[1:] == first[:-1]).any():  # equal keys, or two that share 64 of their 128 bits
+            latest = len(keys) - 1 - distinct(keys[::-1])[0]
+            if len(latest) < len(keys):
+                return cls.of(keys[latest], rows[latest])
+        return cls(first, keys[order, 1], rows[order])
+
+    @classmethod
+    def merged(cls, older: _Segment, newer: _Segment) -> _Segment:
+        first = np.concatenate([older.first, newer.first])
+        keys = np.stack([first, np.concatenate([older.second, newer.second])], axis=1)
+        return cls.of(keys, np.concatenate([older.rows, newer.rows]), in_runs=True)
 
     def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         first, second = np.ascontiguousarray(keys[:, 0]), keys[:, 1]
@@ -201,11 +209,11 @@ class KeyIndex:
     def __init__(self) -> None:
         """Start empty."""
         self._segments: list[_Segment] = []
-        self._size = 0
 
     def __len__(self) -> int:
         """Count the distinct keys."""
-        return self._size
+        self._merge_all()
+        return sum(len(segment.rows) for segment in self._segments)
 
     def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row of each key, shape ``(N,)`` int64, and -1 where a key is absent."""
@@ -221,30 +229,27 @@ class KeyIndex:
 
     def items(self) -> tuple[KeyArray, npt.NDArray[np.int64]]:
         """Give every key ``(K, 2)`` with its row ``(K,)``, in no particular order."""
-        while len(self._segments) > 1:
-            newer, older = self._segments.pop(), self._segments.pop()
-            self._segments.append(_merge(older, newer))
+        self._merge_all()
         if not self._segments:
             return np.empty((0, 2), np.int64), np.empty(0, np.int64)
         (whole,) = self._segments
         return np.stack([whole.first, whole.second], axis=1), whole.rows
 
     def add(self, keys: KeyArray, rows: npt.NDArray[np.int64]) -> None:
-        """Add keys, distinct within this call, with their rows; both of length N."""
+        """Add keys with their rows, both of length N; of equal keys the last counts."""
         if not len(keys):
             return
-        self._size += int((self.find(keys) < 0).sum())
         self._segments.append(_Segment.of(keys, np.asarray(rows, np.int64)))
         while len(self._segments) > 1 and len(self._segments[-2].rows) <= 2 * len(self._segments[-1].rows):
-            newer, older = self._segments.pop(), self._segments.pop()
-            self._segments.append(_merge(older, newer))
+            self._merge_last()
 
+    def _merge_all(self) -> None:
+        while len(self._segments) > 1:
+            self._merge_last()
 
-def _merge(older: _Segment, newer: _Segment) -> _Segment:
-    old_keys = np.stack([older.first, older.second], axis=1)
-    kept = newer.find(old_keys) < 0
-    keys = np.concatenate([old_keys[kept], np.stack([newer.first, newer.second], axis=1)])
-    return _Segment.of(keys, np.concatenate([older.rows[kept], newer.rows]))
+    def _merge_last(self) -> None:
+        newer, older = self._segments.pop(), self._segments.pop()
+        self._segments.append(_Segment.merged(older, newer))
 
 
 KeyExtractor = Callable[[Any], Any]

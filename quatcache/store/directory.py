@@ -158,6 +158,8 @@ class CacheDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"save_dir {self.path} is a file; name a directory.")
+        if not (self.path / "encoders").exists() and self.path.exists() and any(self.path.iterdir()):
+            logger.info("save_dir %s holds other files; encoders/ and datasets/ are put beside them.", self.path)
         with ExitStack() as held:
             for directory in sorted({store.directory for store in stores}):  # one order for all: no two wait in a ring
                 try:

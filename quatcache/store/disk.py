@@ -25,6 +25,7 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex
+from quatcache.store.buffer import RowBuffer, assemble_rows
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
@@ -102,7 +103,7 @@ class DiskStore:
         self._refused: set[str] = set()  # damaged shards: their rows are absent, their entries go at the next commit
         self._starts: list[int] = []
         self._committed = 0
-        self._pending = TensorStore(dtype=dtype)
+        self._pending = RowBuffer(dtype=dtype)
         self._pending_keys: list[KeyArray] = []
         self._last_commit = self._time()
         self.refresh()
@@ -233,20 +234,23 @@ class DiskStore:
                 f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
                 f"{given[1]}; delete that directory to have it filled again."
             )
-        if not self._pending_keys:
+        if self._pending.row_shape is None:
             row_bytes = math.prod(values.shape[1:]) * (self._dtype or values.dtype).itemsize
-            room = max(len(keys), self._shard_bytes // max(row_bytes, 1) + len(keys))
-            self._pending = TensorStore(dtype=self._dtype, capacity=room)
+            self._pending = RowBuffer(dtype=self._dtype, capacity=self._shard_bytes // max(row_bytes, 1) + len(keys))
+        if not self._pending_keys:
             self._last_commit = self._time()
-        before = len(self._pending)
-        self._pending.put_many(keys, values.cpu())
-        local = self._pending.rows_of(keys)
-        fresh = local >= before
-        self._pending_keys.append(keys[fresh])
-        self._index.add(keys, self._committed + local)
+        rows = self._pending.checked(values.cpu())
+        waiting = self._index.find(keys) - self._committed  # at least 0 for a key whose row is not committed yet
+        again = waiting >= 0
+        if again.any():
+            self._pending.replace(torch.from_numpy(waiting[again]), rows[torch.from_numpy(again)])
+            keys, rows = keys[~again], rows[torch.from_numpy(~again)]
+        self._index.add(keys, self._committed + len(self._pending) + np.arange(len(keys)))
+        self._pending.append(rows)
+        self._pending_keys.append(keys)
         due = self._time() - self._last_commit >= self._commit_seconds
         if due or self._pending.nbytes >= self._shard_bytes:
-            self.flush()
+            self._commit()
 
     def flush(self) -> None:
         """Commit what was put: the shard first, then the manifest that names it.
@@ -254,6 +258,10 @@ class DiskStore:
         Raises:
             StoreError: The directory cannot be written, or disappeared; what was committed before is kept.
         """
+        self._commit()
+        self._pending = RowBuffer(dtype=self._dtype)  # its memory is not needed until more is put
+
+    def _commit(self) -> None:
         if not self._pending_keys:
             return
         if self._committed and not self.directory.is_dir():
@@ -274,7 +282,8 @@ class DiskStore:
         self._shards.append(mapped)
         self._opened.add(entry.file)
         self._committed += len(keys)
-        self._pending, self._pending_keys = TensorStore(dtype=self._dtype), []
+        self._pending.clear()
+        self._pending_keys = []
 
     def compact(self) -> None:
         """Pack runs of small shards into big ones; rows and their numbers stay.
@@ -308,7 +317,7 @@ class DiskStore:
 
     def assemble(self, size: int, parts: Sequence[Found]) -> torch.Tensor:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""
-        return self._pending.assemble(size, parts)
+        return assemble_rows(size, parts, self.given_dtype)
 
     def load(self, device: torch.device | str = "cpu") -> TensorStore:
         """Read every row into the memory of a device.

@@ -93,8 +93,8 @@ def write_shard(
     about = {"quatcache": "shard", "identity": identity, "given_dtype": _name(given_dtype)}
     if repacked:
         about["repacked"] = "true"
-    write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
-    return ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
+    written = write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
+    return ShardEntry(path.name, len(keys), path.stat().st_size, written)
 
 
 def open_shard(

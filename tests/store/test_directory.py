@@ -135,6 +135,18 @@ def test_one_process_fills_while_others_wait_and_say_so(tmp_path, caplog):
     assert order == [waiting, "first done", "second"]
 
 
+def test_directory_with_other_files_is_used_and_told(tmp_path, caplog):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with caplog.at_level("INFO", "quatcache"):
+        for _ in range(2):
+            with filling(tmp_path):
+                pass
+        with filling(tmp_path / "fresh"):
+            pass
+    (message,) = caplog.messages
+    assert message == f"save_dir {tmp_path} holds other files; encoders/ and datasets/ are put beside them."
+
+
 def test_fills_of_other_encoders_do_not_wait(tmp_path):
     with filling(tmp_path), filling(tmp_path, "f" * 32):
         pass
