@@ -75,8 +75,9 @@ $(VENV)/.demo $(VENV)/.bench $(VENV)/.tutorials $(VENV)/.dev: $(VENV)/.%: $(VENV
 	$(PIP) install -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# Only the weights of wordllama are wanted: its dependencies would hold others back.
+# Only the weights of wordllama are wanted: its dependencies would hold others back. lightning is the other name of
+# pytorch-lightning, whose dependencies are here already.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[test]'
-	$(PIP) install -c constraints.txt --no-deps wordllama
+	$(PIP) install -c constraints.txt --no-deps wordllama lightning
 	@touch $@
