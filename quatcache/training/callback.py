@@ -57,6 +57,17 @@ class CacheCallback(Callback):
         """See that the encoders are still those that filled the cache."""
         if self._session is not None:
             self._session.guard.check_unchanged()
+            self._session.begin_epoch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the epoch took."""
+        if self._session is not None:
+            self._session.end_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the report, while the loggers are open."""
+        if self._session is not None:
+            self._session.log_report()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See that no encoder was unfrozen, as a fine-tuning callback may do at any step."""
@@ -64,8 +75,11 @@ class CacheCallback(Callback):
             self._session.guard.check_frozen()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put everything back, for what users do in ``on_fit_end`` and after."""
+        """Put everything back, for what users do in ``on_fit_end`` and after; and show the report."""
+        session = self._session
         self._end()
+        if session is not None:
+            session.show_report()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put everything back: after an error or Ctrl-C ``teardown`` is not called."""

@@ -6,6 +6,7 @@ is not encoded again; so a warm start reads a sample of items only, and a grown 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +49,7 @@ class EncoderFill:
         counts: What was done so far.
         extracted: Compares items of one extracted key; None with default keys.
         canary: Compares stored rows with what the encoder gives now; None for rows of this run only.
+        seconds: Time in the encoder so far, collating included.
     """
 
     name: str
@@ -58,6 +60,7 @@ class EncoderFill:
     counts: Counts = field(default_factory=Counts)
     extracted: ExtractedKeys | None = None
     canary: Canary | None = None
+    seconds: float = 0.0
 
     def verify(self, chunk: Chunk) -> None:
         """Hold stored rows against the encoder, as long as the canary wants some.
@@ -79,7 +82,10 @@ class EncoderFill:
         items = chunk.items
 
         def compute(positions: Positions) -> torch.Tensor:
-            return self.frozen().encode([items[position] for position in positions.tolist()])
+            encoder, started = self.frozen(), time.monotonic()
+            rows = encoder.encode([items[position] for position in positions.tolist()])
+            self.seconds += time.monotonic() - started
+            return rows
 
         def batches(positions: Positions) -> Iterable[Positions]:
             lengths = np.array([self.length(items[position]) for position in positions.tolist()])

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
 from quatcache.data.batches import Batch, CachedColumns
@@ -90,6 +92,8 @@ class CacheSession:
         self.sources = LoaderSources(trainer, self._convert)
         leave_to_ranks(module, self._real)
         self._quiet: list[Any] = []
+        self._served: Counter[str] = Counter()
+        self._epoch_start: tuple[float, Counter[str]] | None = None
         self._unwritable: StoreError | None = None
         self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
         if self._cached:
@@ -126,8 +130,36 @@ class CacheSession:
     def _gather(self, batch: Batch) -> Batch:
         inputs = dict(batch.inputs)
         for name, store in self._stores.items():
-            inputs[name] = store.gather(inputs[name])
+            rows = inputs[name]
+            self._served[name] += rows.numel()
+            inputs[name] = store.gather(rows)
         return Batch(inputs, batch.targets)
+
+    def begin_epoch(self) -> None:
+        """Note when a training epoch starts."""
+        self._epoch_start = time.monotonic(), Counter(self._served)
+
+    def end_epoch(self) -> None:
+        """Note what a training epoch took, its validation included."""
+        if self._epoch_start is None:
+            return
+        started, served = self._epoch_start
+        self.report.epoch_seconds.append(time.monotonic() - started)
+        for name, report in self.report.encoders.items():
+            report.served += self._served[name] - served[name]
+        self._epoch_start = None
+
+    def log_report(self) -> None:
+        """Give the loggers of the trainer what the cache did."""
+        for trainer_logger in self._trainer.loggers if self.report.encoders else ():
+            trainer_logger.log_metrics(self.report.metrics(), step=self._trainer.global_step)
+
+    def show_report(self) -> None:
+        """Show what the cache did, where somebody looks."""
+        if self.report.encoders and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None:
+            console = Console(highlight=False)
+            console.print(self.report.table())
+            console.print(f"quatcache: {self.report.gain()}")
 
     def _index(self, loaders: list[tuple[DataLoader[Any], str]]) -> None:
         """Index the datasets that are not yet, encode what is missing, and put the rows where training wants them."""
@@ -305,6 +337,7 @@ class CacheSession:
             str(store.directory) if isinstance(store, DiskStore) else None,
             placement.reason,
             0 if encoder.canary is None else encoder.canary.compared,
+            encoder.seconds,
         )
 
     def _swap(self) -> None:

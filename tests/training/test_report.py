@@ -1,0 +1,105 @@
+"""The report: what a cache cost and won, counted in rows that were used and in time that was taken."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from pytorch_lightning.loggers import CSVLogger
+
+from quatcache import CacheConfig
+from quatcache.training.report import CacheReport, EncoderReport, readable_time
+from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, texts
+
+
+class Ticking:
+    """A clock that each look moves on."""
+
+    def __init__(self, step):
+        self.now, self.step = 0.0, step
+
+    def monotonic(self):
+        self.now += self.step
+        return self.now
+
+
+def one(**changes):
+    known = {"rows": 90, "nbytes": 5760, "asked": 100, "encoded": 90, "duplicates": 10, "encode_seconds": 9.0}
+    return EncoderReport("default", "CPU", **{**known, "served": 300, **changes})
+
+
+def report(*encoders, **changes):
+    known = {"fill_seconds": 12.0, "epoch_seconds": [0.9, 0.1, 0.2]}
+    return CacheReport({encoder.name: encoder for encoder in encoders or (one(),)}, **{**known, **changes})
+
+
+def test_epoch_without_the_cache_is_the_one_with_it_and_the_encoding_of_what_it_used():
+    assert report().cached_epoch == 0.2
+    assert report().uncached_epoch == pytest.approx(0.2 + 100 * 0.1)
+    assert report().break_even_epoch == 2  # 12.0 + 2 * 0.2 < 2 * 10.2, and not yet after one
+    assert report(fill_seconds=9.0).break_even_epoch == 1
+    both = report(one(), EncoderReport("other", encoded=10, encode_seconds=5.0, served=300))
+    assert both.uncached_epoch == pytest.approx(0.2 + 10.0 + 50.0)
+
+
+def test_what_was_not_measured_is_not_told():
+    warm = report(one(encoded=0, hits=90, encode_seconds=0.0))
+    assert warm.uncached_epoch is None and warm.break_even_epoch is None
+    assert warm.gain() == "fill 12.0 s; an epoch 0.2 s"
+    assert {"cache/epoch_seconds_uncached", "cache/break_even_epoch"}.isdisjoint(warm.metrics())
+    assert report(epoch_seconds=[]).gain() == "fill 12.0 s"
+    half = report(one(), EncoderReport("other", hits=9, served=300))
+    assert half.uncached_epoch is None
+
+
+def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
+    monkeypatch.setattr("quatcache.training.session.time", Ticking(1.0))
+    monkeypatch.setattr("quatcache.training.fill.time", Ticking(0.5))
+    model = Model(cache=CacheConfig(batch_size=8))
+    fit(model, loader(Texts(texts(40))), loader(Texts(texts(10))), max_epochs=3, limit_train_batches=4)
+    found = model.cache_callback.report
+    assert found.epoch_seconds == [1.0, 1.0, 1.0]
+    assert found.encoders["default"].served == 3 * (4 * 8 + 10)
+    assert found.encoders["default"].encode_seconds == 0.5 * 40 / 8
+    assert found.uncached_epoch == pytest.approx(1.0 + 42 * 2.5 / 40)
+
+
+def test_loggers_get_the_numbers(tmp_path):
+    model = Model(cache=CacheConfig())
+    run = fit(model, loader(Texts(texts(40, distinct=30))), logger=CSVLogger(tmp_path, name="", version=""))
+    with (tmp_path / "metrics.csv").open() as file:
+        (last,) = [row for row in csv.DictReader(file) if row.get("cache/rows")]
+    assert (last["cache/rows"], last["cache/encoded"], last["cache/duplicates"]) == ("30.0", "30.0", "10.0")
+    assert float(last["cache/epoch_seconds_uncached"]) > float(last["cache/epoch_seconds"]) > 0
+    assert int(last["step"]) == run.global_step
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_table_is_shown_where_there_are_progress_bars(capsys, shown):
+    fit(Model(cache=CacheConfig()), loader(Texts(texts(40))), enable_progress_bar=shown)
+    out = capsys.readouterr().out
+    assert ("│ default │ CPU  │   40 │" in out) is shown
+    assert ("quatcache: fill " in out and "without the cache about" in out) is shown
+
+
+def test_nothing_is_told_of_a_run_without_a_cache(capsys, tmp_path):
+    for cache, encoder in ((None, HashingEncoder()), (CacheConfig(), TrainableHashing())):
+        model = Model({"default": encoder}, cache=cache)
+        fit(model, loader(Texts(texts(16))), enable_progress_bar=True, logger=CSVLogger(tmp_path, name="", version=""))
+        assert "quatcache" not in capsys.readouterr().out
+        written = tmp_path / "metrics.csv"
+        assert not written.exists() or "cache/" not in written.read_text()
+
+
+def test_times_are_readable():
+    assert [readable_time(seconds) for seconds in (0.0, 0.09, 99.9, 100, 5999, 6000, 172799, 172800)] == [
+        "0.0 ms", "90.0 ms", "99.9 s", "1.7 min", "100.0 min", "1.7 h", "48.0 h", "2.0 days",
+    ]  # fmt: skip
+
+
+def test_table_names_each_encoder():
+    columns = {column.header: list(column.cells) for column in report(one(hits=3)).table().columns}
+    assert columns == {
+        "encoder": ["default"], "tier": ["CPU"], "rows": ["90"], "size": ["5.8 kB"], "encoded": ["90"],
+        "hits": ["3"], "duplicates": ["10"],
+    }  # fmt: skip
