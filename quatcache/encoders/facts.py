@@ -26,9 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from quatcache.encoders.serialised import JSON, compact, flatten, is_ignored, read_config, to_json, tokenizer_facts
-from quatcache.encoders.weights import attributes, named_tensors, package_of, tensor_digest
+from quatcache.encoders.weights import (
+    FOREIGN_STATE,
+    LIBRARIES,
+    attributes,
+    named_modules,
+    named_tensors,
+    package_of,
+    packed_tensors,
+    tensor_digest,
+)
 
-__all__ = ["adapter_facts", "code_name", "describe", "module_facts", "own_facts", "weight_facts"]
+__all__ = ["adapter_facts", "code_name", "describe", "foreign_facts", "module_facts", "own_facts", "weight_facts"]
 
 _IGNORED_TYPES = (
     PathLike,
@@ -42,6 +51,8 @@ _IGNORED_TYPES = (
     types.ModuleType,
 )
 _DEPTH = 8
+_Seen = dict[int, tuple[str, Any]]
+"""Objects by id, with the name of their first description; they are kept here, so that no id is used again."""
 
 
 def code_name(code: Any) -> str:
@@ -84,16 +95,49 @@ def module_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
         ('torch.nn.modules.normalization.LayerNorm', 1e-06)
     """
     tensors = named_tensors(module)
-    facts = {**weight_facts(tensors, prefix), **adapter_facts(module, prefix)}
-    seen: dict[int, Any] = {id(known): known for known in (*module.modules(), *tensors.values())}
-    for path, submodule in module.named_modules():
+    facts = {**weight_facts({**tensors, **packed_tensors(module)}, prefix), **adapter_facts(module, prefix)}
+    seen: _Seen = {}
+    for path, known in (*named_modules(module), *tensors.items()):
+        seen.setdefault(id(known), (f"{prefix}{path}" if path else prefix[:-1], known))
+    for path, submodule in named_modules(module):
         inner = f"{prefix}{path}." if path else prefix
+        first, _ = seen[id(submodule)]
+        if first != inner[:-1]:  # a module at two places
+            facts[f"module.{inner[:-1]}"] = f"= {first}"
+            continue
         if path:
             facts[f"module.{inner[:-1]}"] = code_name(type(submodule))
-        known = package_of(type(submodule)) in {"transformers", "peft"}
-        for name, value in attributes(submodule).items():
-            if not is_ignored(name) and (not known or name == "config"):
-                describe(value, inner + name, facts, seen)
+        facts.update(_settings(submodule, inner, seen))
+    return facts
+
+
+def foreign_facts(model: nn.Module, prefix: str = "") -> dict[str, JSON]:
+    """List the modules of the user's own inside a model of a library: an adapter written by hand, for instance.
+
+    Args:
+        model: A model of transformers, whose own modules are known by its class and configuration.
+        prefix: Put before every name, with its dot.
+
+    Returns:
+        "module.<path>": class, "<path>.<attribute>": value; tensors are left out.
+    """
+    facts: dict[str, JSON] = {}
+    seen: _Seen = {}
+    for path, submodule in named_modules(model):
+        seen.setdefault(id(submodule), (f"{prefix}{path}" if path else prefix[:-1], submodule))
+    for path, submodule in named_modules(model):
+        if path and package_of(type(submodule)) not in LIBRARIES | FOREIGN_STATE:
+            facts[f"module.{prefix}{path}"] = code_name(type(submodule))
+            facts.update(_settings(submodule, f"{prefix}{path}.", seen))
+    return {name: value for name, value in facts.items() if not name.startswith("weights.")}
+
+
+def _settings(module: nn.Module, prefix: str, seen: _Seen) -> dict[str, JSON]:
+    facts: dict[str, JSON] = {}
+    known = package_of(type(module)) in {"transformers", "peft"}
+    for name, value in attributes(module).items():
+        if not is_ignored(name) and (not known or name == "config"):
+            describe(value, prefix + name, facts, seen)
     return facts
 
 
@@ -107,7 +151,7 @@ def own_facts(encoder: nn.Module, besides: Collection[str]) -> dict[str, JSON]:
     Returns:
         Settings by attribute name; tensors and modules of a subclass as in :func:`module_facts`.
     """
-    seen: dict[int, Any] = {id(submodule): submodule for submodule in encoder.modules()}
+    seen: _Seen = {id(submodule): (path, submodule) for path, submodule in reversed(list(named_modules(encoder)))}
     facts: dict[str, JSON] = {}
     tensors = {**dict(encoder.named_parameters(recurse=False)), **dict(encoder.named_buffers(recurse=False))}
     for name, value in attributes(encoder).items():
@@ -177,15 +221,15 @@ def weight_facts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, J
     return facts
 
 
-def describe(value: Any, name: str, facts: dict[str, JSON], seen: dict[int, Any] | None = None, depth: int = 0) -> None:
+def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None = None, depth: int = 0) -> None:
     """Add the facts of one attribute, whatever it is.
 
     Args:
         value: A setting, a tensor, a tokenizer, a processor, a function, or an object that holds such things.
         name: The name of the fact, and the prefix of the facts inside it.
         facts: Receives the facts.
-        seen: Objects by id that need no second description (kept here, so that no id is used again); a guard against
-            cycles.
+        seen: Objects that need no second description, by id. A second place is told by the name of the first; a way
+            back to what holds the value is not told.
         depth: How deep the value lies; below 8 levels only classes are named.
     """
     seen = {} if seen is None else seen
@@ -197,8 +241,14 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: dict[int, Any]
     except TypeError:
         pass
     if id(value) in seen:
+        first, _ = seen[id(value)]
+        if isinstance(value, Tensor):  # tied or not, what counts are the values
+            if f"weights.{name}" not in facts:
+                facts[f"weights.{name}"] = tensor_digest(value)
+        elif first and not f"{name}.".startswith(f"{first}."):
+            facts[name] = f"= {first}"
         return
-    seen[id(value)] = value
+    seen[id(value)] = name, value
     if isinstance(value, Tensor):
         facts[f"weights.{name}"] = tensor_digest(value)
     elif isinstance(value, np.ndarray):
@@ -237,7 +287,7 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: dict[int, Any]
 
 
 def _describe_function(
-    function: Callable[..., Any] | type, name: str, facts: dict[str, JSON], seen: dict[int, Any], depth: int
+    function: Callable[..., Any] | type, name: str, facts: dict[str, JSON], seen: _Seen, depth: int
 ) -> None:
     """Add what a function carries along: its instance, its closure, its defaults."""
     owner = getattr(function, "__self__", None)

@@ -67,7 +67,9 @@ class ModuleEncoder(Encoder):
         return self._collate(items)
 
     def collate_fn(self) -> Callable[[Sequence[Any]], Any]:
-        """Give the function itself: a worker needs nothing of the module."""
+        """Give the function itself: a worker needs nothing of the module; of a subclass, its own ``collate``."""
+        if type(self).collate is not ModuleEncoder.collate:
+            return self.collate
         return self._collate
 
     def forward(self, inputs: Any) -> Tensor:

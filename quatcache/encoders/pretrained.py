@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quatcache.encoders.facts import adapter_facts, describe, module_facts, weight_facts
+from quatcache.encoders.facts import adapter_facts, describe, foreign_facts, module_facts, weight_facts
 from quatcache.encoders.serialised import JSON, flatten, read_config, tokenizer_facts
-from quatcache.encoders.weights import package_of
+from quatcache.encoders.weights import package_of, tensors_in
 
 __all__ = ["chain_facts", "floating_dtype", "model_facts", "model_tensors", "processor_facts", "text_length"]
 
@@ -39,14 +39,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         model: The model itself, without the module that wraps it.
 
     Returns:
-        Parameters and persistent buffers by name, as if no peft adapter were wrapped around them. Buffers that are not
-        saved are computed from the configuration, on whatever device, so they would differ without a difference.
+        Parameters and persistent buffers by name, packed weights of quantised layers included, as if neither a peft
+        adapter nor ``torch.compile`` were wrapped around them. Buffers that are not saved are computed from the
+        configuration, on whatever device, so they would differ without a difference.
     """
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not name.endswith(_DERIVED)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, saved in getattr(model, "_orig_mod", model).state_dict(keep_vars=True).items():
+        if not name.endswith(_DERIVED):
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace("._orig_mod.", ".")
+            tensors.update((f"{plain}.{rest}".rstrip("."), tensor) for rest, tensor in tensors_in(saved))
+    return tensors
 
 
 def model_facts(model: Any, prefix: str = "") -> dict[str, JSON]:
@@ -57,13 +59,15 @@ def model_facts(model: Any, prefix: str = "") -> dict[str, JSON]:
         prefix: Put before every name, with its dot.
 
     Returns:
-        "architecture": class name, "config.<entry>" where it differs from the default, "adapter.<entry>" if any.
+        "architecture": class name, "config.<entry>" where it differs from the default, "adapter.<entry>" if any, and
+        the settings of modules that are not the library's own.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps around it is no part of it
     facts: dict[str, JSON] = {f"{prefix}architecture": type(model).__name__}
     config = getattr(model, "config", None)
     if config is not None:
         flatten(read_config(config), f"{prefix}config", facts)
-    return {**facts, **adapter_facts(model, prefix)}
+    return {**facts, **adapter_facts(model, prefix), **foreign_facts(model, prefix)}
 
 
 def processor_facts(processor: Any, prefix: str = "") -> dict[str, JSON]:

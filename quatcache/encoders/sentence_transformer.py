@@ -177,7 +177,12 @@ class SentenceTransformerEncoder(Encoder):
         return _Collator(self.model, self.prompt, self.role)(items)
 
     def collate_fn(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
-        """Give a callable that collates like this encoder and holds none of its weights."""
+        """Give a callable that collates as this encoder does and holds none of its weights.
+
+        Of a subclass with a :meth:`collate` of its own, that method, which takes the encoder along.
+        """
+        if type(self).collate is not SentenceTransformerEncoder.collate:
+            return self.collate
         return _Collator(copy_without_weights(self.model), self.prompt, self.role)
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -106,6 +106,7 @@ def flatten(value: Any, name: str, facts: dict[str, JSON]) -> None:
 def read_config(config: Any) -> dict[str, Any]:
     """Read a model's configuration: what differs from the defaults of its class, less what acts in training only.
 
+    The dtype in it is left out too: it tells how the model was loaded, the weights themselves tell what it has become.
     A newer version of transformers adds entries with defaults; counting them, each upgrade would look like a change.
     (``to_diff_dict`` of transformers compares with the defaults of the base class, so it keeps them.)
 
@@ -115,9 +116,9 @@ def read_config(config: Any) -> dict[str, Any]:
     Returns:
         The entries by name; "model_type" is always among them.
     """
-    entries = config.to_dict()
+    entries = _without_dtype(config.to_dict())
     try:
-        defaults = type(config)().to_dict()
+        defaults = _without_dtype(type(config)().to_dict())
     except (TypeError, ValueError, AttributeError):  # a composite configuration that needs its parts
         defaults = {}
     return {
@@ -128,6 +129,15 @@ def read_config(config: Any) -> dict[str, Any]:
     }
 
 
+def _without_dtype(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the dtypes of a configuration and of the configurations inside it; in a vocabulary they are numbers."""
+    return {
+        name: _without_dtype(value) if isinstance(value, Mapping) else value
+        for name, value in entries.items()
+        if name != "dtype" or isinstance(value, int)
+    }
+
+
 def _json_text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=repr)
 
@@ -135,8 +145,9 @@ def _json_text(value: Any) -> str:
 def tokenizer_facts(tokenizer: Any, prefix: str = "tokenizer.") -> dict[str, JSON]:
     """List what decides which tokens a text becomes.
 
-    Truncation and padding as a fast tokenizer stores them are left out: each call sets them anew, so they tell which
-    text came last. The settings that cause them belong to the adapter (maximal length) or are here (sides).
+    Truncation and padding as a fast tokenizer of transformers stores them are left out: each call sets them anew, so
+    they tell which text came last. The settings that cause them belong to the adapter (maximal length) or are here
+    (sides). A ``tokenizers.Tokenizer`` by itself obeys them until somebody sets others.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``, or a fast or slow tokenizer of transformers.
@@ -151,6 +162,9 @@ def tokenizer_facts(tokenizer: Any, prefix: str = "tokenizer.") -> dict[str, JSO
         serialised = json.loads(backend.to_str())
         for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model"):
             flatten(_digest_vocabulary(serialised.get(part)), prefix + part, facts)
+        for part in ("truncation", "padding") if backend is tokenizer else ():
+            if serialised.get(part) is not None:
+                flatten(serialised[part], prefix + part, facts)
     elif hasattr(tokenizer, "get_vocab"):
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
         facts[prefix + "class"] = type(tokenizer).__name__

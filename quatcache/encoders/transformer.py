@@ -181,10 +181,12 @@ class TransformersEncoder(Encoder):
             "input_ids", "attention_mask" and what else the tokenizer gives, each of shape (B, T), padded to the
             longest text.
         """
-        return self.collate_fn()(items)
+        return _Collator(self._tokenizer, self.prompt, self.max_length)(items)
 
     def collate_fn(self) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-        """Give a callable that holds the tokenizer, not the model."""
+        """Give a callable that holds the tokenizer, not the model; of a subclass, its own ``collate``."""
+        if type(self).collate is not TransformersEncoder.collate:
+            return self.collate
         return _Collator(self._tokenizer, self.prompt, self.max_length)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -23,12 +23,17 @@ from torch import Tensor, nn
 from quatcache.errors import FormatError, ModelDefinitionError
 
 __all__ = [
+    "FOREIGN_STATE",
+    "LIBRARIES",
     "assign_tensors",
     "attributes",
     "copy_without_weights",
-    "package_of",
+    "named_modules",
     "named_tensors",
+    "package_of",
+    "packed_tensors",
     "tensor_digest",
+    "tensors_in",
     "to_device",
 ]
 
@@ -36,13 +41,38 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 _CHUNK = 64 * 2**20
 _INTERNAL = frozenset(nn.Module().__dict__)
-_LIBRARIES = frozenset(
+LIBRARIES = frozenset(
     {"builtins", "peft", "sentence_transformers", "tokenizers", "torch", "torchvision", "transformers"}
 )
+"""Packages whose classes are known by name: their class attributes describe the library."""
+FOREIGN_STATE = frozenset(
+    {"accelerate", "auto_gptq", "auto_round", "awq", "bitsandbytes", "eetq", "gptqmodel", "hqq", "optimum", "torchao"}
+)
+"""Packages of quantised layers: their attributes remember the last call, and what counts is in their weights."""
 _SAVED_ONLY = frozenset({"peft", "transformers"})
 # Counted from 0 by the code of a model; some versions of transformers save them, some do not.
 _DERIVED = frozenset({"position_ids", "token_type_ids"})
 _remembered: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], str]] = {}
+
+
+def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Give a module and all modules inside it, as often as they occur, compiled ones under their plain names.
+
+    Args:
+        module: Any module.
+
+    Yields:
+        Dotted path ("" for the module itself) and module. What ``torch.compile`` wraps around a module computes the
+        same from the same weights, so it is passed over, and its name is no part of a path.
+
+    Example:
+        >>> shared = nn.ReLU()
+        >>> [path for path, _ in named_modules(nn.Sequential(shared, shared))]
+        ['', '0', '1']
+    """
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        if not isinstance(getattr(submodule, "_orig_mod", None), nn.Module):
+            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), submodule
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +95,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
         ['bias', 'scale', 'weight']
     """
     found: dict[str, Tensor] = {}
-    for path, submodule in module.named_modules(remove_duplicate=False):
+    for path, submodule in named_modules(module):
         own: dict[str, Tensor] = dict(submodule.named_parameters(recurse=False, remove_duplicate=False))
         saved = package_of(type(submodule)) in _SAVED_ONLY
         for name, buffer in submodule.named_buffers(recurse=False, remove_duplicate=False):
@@ -76,8 +106,28 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
             for name, value in attributes(submodule).items():
                 if torch_made and name.startswith("_"):
                     continue  # views of the parameters, as in nn.LSTM
-                own.update((f"{name}.{rest}".rstrip("."), tensor) for rest, tensor in _tensors_in(value))
+                own.update((f"{name}.{rest}".rstrip("."), tensor) for rest, tensor in tensors_in(value))
         found.update((f"{path}.{name}" if path else name, tensor) for name, tensor in own.items())
+    return found
+
+
+def packed_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Name the tensors that a module saves but holds in no parameter or buffer: those of quantised layers.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Copies by dotted name, for reading only.
+    """
+    found: dict[str, Tensor] = {}
+    for path, submodule in named_modules(module):
+        if type(submodule)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            saved: dict[str, Any] = {}
+            submodule._save_to_state_dict(saved, f"{path}." if path else "", True)
+            for name, value in saved.items():
+                if not isinstance(value, nn.Parameter):
+                    found.update((f"{name}.{rest}".rstrip("."), tensor) for rest, tensor in tensors_in(value))
     return found
 
 
@@ -89,7 +139,7 @@ def attributes(module: object) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for cls in reversed(type(module).__mro__):
-        if package_of(cls) not in _LIBRARIES and cls.__module__ != "quatcache.encoders.encoder":
+        if package_of(cls) not in LIBRARIES and cls.__module__ != "quatcache.encoders.encoder":
             found.update((name, value) for name, value in vars(cls).items() if not _is_definition(name, value))
             slots = vars(cls).get("__slots__", ())
             slots = (slots,) if isinstance(slots, str) else slots
@@ -110,18 +160,19 @@ def _is_definition(name: str, value: object) -> bool:
     return name.startswith("__") or name == "_abc_impl" or callable(value) or hasattr(value, "__get__")
 
 
-def _tensors_in(value: object) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(value: object) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors and arrays in nested lists, tuples and dicts, each with its dotted place; "" for the value."""
     if isinstance(value, Tensor):
         yield "", value
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         yield "", torch.as_tensor(value)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            for rest, tensor in _tensors_in(inner):
+            for rest, tensor in tensors_in(inner):
                 yield f"{key}.{rest}".rstrip("."), tensor
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            for rest, tensor in _tensors_in(inner):
+            for rest, tensor in tensors_in(inner):
                 yield f"{index}.{rest}".rstrip("."), tensor
 
 
@@ -175,6 +226,8 @@ def tensor_digest(tensor: Tensor) -> str:
     plain = tensor.detach()
     if plain.layout is not torch.strided:
         plain = plain.to_dense()
+    if plain.is_quantized:
+        plain = plain.dequantize()
     return _hash(plain) if plain.device.type == "cpu" else _remembered_digest(tensor, plain)
 
 

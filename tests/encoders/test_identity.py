@@ -696,6 +696,122 @@ def test_what_lies_in_containers_counts():
     assert before.differences(build(names=("a", "c"))) == ['names ["a", "b"] -> ["a", "c"]']
 
 
+class Ordered(nn.Module):
+    """Registered once, called in an order of its own."""
+
+    def __init__(self, order, functions=("relu",)):
+        super().__init__()
+        self.first, self.second = nn.ReLU(), nn.Tanh()
+        self.order = [getattr(self, name) for name in order]
+        self.functions = [getattr(torch, name) for name in functions]
+        self.way_back = [self]
+
+
+def test_what_stands_at_two_places_counts_at_both():
+    def of(module):
+        return identify(ModuleEncoder(module, stack_floats, 1))
+
+    relu, tanh = nn.ReLU(), nn.Tanh()
+    before = of(nn.Sequential(relu, tanh, relu))
+    assert before == of(nn.Sequential(relu, tanh, relu))
+    assert before.differences(of(nn.Sequential(relu, tanh, tanh))) == ['module.module.2 "= module.0" -> "= module.1"']
+    before = of(Ordered(["first", "second"]))
+    assert before == of(Ordered(["first", "second"]))
+    assert before.differences(of(Ordered(["second", "first"]))) == [
+        'module.order.0 "= module.first" -> "= module.second"',
+        'module.order.1 "= module.second" -> "= module.first"',
+    ]
+    before, after = (of(Ordered([], ["relu", "tanh", name])) for name in ("relu", "tanh"))
+    assert before.differences(after) == ['module.functions.2 "= module.functions.0" -> "= module.functions.1"']
+
+
+def test_compiled_module_is_the_module_that_was_compiled(own_minilm, original):
+    module = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    before = identify(ModuleEncoder(module, stack_floats, 2))
+    assert identify(ModuleEncoder(torch.compile(module, backend="eager"), stack_floats, 2)) == before
+    assert identify(ModuleEncoder(nn.Sequential(torch.compile(module[0]), module[1]), stack_floats, 2)) == before
+    plain = identify(TransformersEncoder(own_minilm[0].auto_model, own_minilm.tokenizer))
+    compiled = torch.compile(own_minilm[0].auto_model, backend="eager")
+    assert plain.differences(identify(TransformersEncoder(compiled, own_minilm.tokenizer))) == []
+    setattr(own_minilm[0], "model" if "model" in own_minilm[0]._modules else "auto_model", compiled)
+    assert original.differences(identify(adapt(own_minilm))) == []
+
+
+def test_truncation_and_padding_of_a_bare_tokenizer_count(wordllama):
+    model = copy.deepcopy(wordllama)
+    before = identify(adapt(model))
+    model[0].tokenizer.enable_truncation(5)
+    changed = identify(adapt(model))
+    assert "tokenizer.truncation.max_length (none) -> 5" in before.differences(changed)
+    model[0].tokenizer.enable_truncation(4)
+    assert changed.differences(identify(adapt(model))) == ["tokenizer.truncation.max_length 5 -> 4"]
+    model[0].tokenizer.no_truncation()
+    assert before == identify(adapt(model))
+    encoder = TableEncoder()
+    encoder.tokenizer = model[0].tokenizer
+    before = identify(encoder)
+    encoder.tokenizer.enable_padding(length=9)
+    assert "tokenizer.padding.strategy.Fixed (none) -> 9" in before.differences(identify(encoder))
+
+
+class ByHand(nn.Module):
+    """A low-rank adapter of the user's own around a layer of a library's model."""
+
+    def __init__(self, layer, strength):
+        super().__init__()
+        self.layer, self.down, self.strength = layer, nn.Parameter(torch.ones(2, 384)), strength
+        self.layers, self.way_back = [layer], [self]
+
+
+def test_adapter_written_by_hand_counts_with_its_settings(own_minilm, original):
+    attention = own_minilm[0].auto_model.encoder.layer[3].attention.self
+    attention.query = ByHand(attention.query, 1.0)
+    before = identify(adapt(own_minilm))
+    assert original.differences(before)
+    assert not any("way_back" in name for name in before.facts)
+    attention.query.strength = 2.0
+    name = "transformer.encoder.layer.3.attention.self.query.strength"
+    assert before.differences(identify(adapt(own_minilm))) == [f"{name} 1.0 -> 2.0"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_weights_of_quantised_layers_count(own_minilm):
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    if not {*torch.backends.quantized.supported_engines} - {"none"}:
+        pytest.skip("torch cannot quantise here")
+
+    def quantised(change):
+        model = copy.deepcopy(own_minilm).requires_grad_(False)
+        change(model)
+        model[0].auto_model.encoder.layer[3] = quantize(model[0].auto_model.encoder.layer[3], {nn.Linear})
+        return model
+
+    def doubled(model):
+        model[0].auto_model.encoder.layer[3].attention.self.query.weight.data.mul_(2)
+
+    models = [quantised(lambda model: None), quantised(lambda model: None), quantised(doubled)]
+    for build in (adapt, lambda model: ModuleEncoder(model[0].auto_model.encoder.layer[3], stack_floats, 384)):
+        before, again, after = (identify(build(model)) for model in models)
+        assert before == again
+        (line,) = before.differences(after)
+        assert line.startswith("weights differ in")
+
+
+def test_dtype_with_which_a_model_was_loaded_does_not_count(minilm_path, tmp_path):
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    made = BertModel(config).to(torch.bfloat16)
+    made.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    models = [made, loaded, BertModel(BertConfig.from_pretrained(tmp_path, dtype=torch.float32)).to(torch.bfloat16)]
+    models[2].load_state_dict(made.state_dict())
+    first, *others = [identify(TransformersEncoder(model, tokenizer)) for model in models]
+    assert all(first.differences(other) == [] for other in others)
+    assert first.facts["dtype"] == "bfloat16"
+
+
 def test_slots_count():
     class Slotted:
         __slots__ = ("size",)

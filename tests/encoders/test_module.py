@@ -28,6 +28,15 @@ def test_collate_fn_is_the_function_itself_and_runs_in_a_spawned_worker():
     assert next(iter(loader)).tolist() == [[1.0], [2.0]]
 
 
+def test_subclass_with_a_collate_of_its_own_is_not_bypassed():
+    class Halved(ModuleEncoder):
+        def collate(self, items):
+            return super().collate(items) / 2
+
+    encoder = Halved(nn.Identity(), stack_floats, 1)
+    assert encoder.collate_fn()([[2.0]]).tolist() == encoder.collate([[2.0]]).tolist() == [[1.0]]
+
+
 def test_frozen_module_is_frozen_at_once_and_stays_so():
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
     encoder = ModuleEncoder(module, stack_floats, 2).train()

@@ -43,6 +43,17 @@ def test_rows_equal_those_of_encode(minilm, settings):
     )
 
 
+def test_subclass_with_a_collate_of_its_own_is_not_bypassed(minilm):
+    class Shouting(SentenceTransformerEncoder):
+        def collate(self, items):
+            return super().collate([item + "!" for item in items])
+
+    encoder = Shouting(minilm)
+    expected = SentenceTransformerEncoder(minilm).collate(["cholera!"])["input_ids"].tolist()
+    assert encoder.collate_fn()(["cholera"])["input_ids"].tolist() == expected
+    assert encoder.collate(["cholera"])["input_ids"].tolist() == expected
+
+
 @pytest.mark.parametrize("include_prompt", [True, False])
 @pytest.mark.parametrize("role", [None, "query", "document"])
 @pytest.mark.parametrize(

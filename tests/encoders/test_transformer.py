@@ -123,6 +123,17 @@ def test_collate_runs_in_a_spawned_worker_without_the_model(bert, tokenizer):
         assert torch.equal(encoder(inputs), rows(encoder))
 
 
+def test_subclass_with_a_collate_of_its_own_is_not_bypassed(bert, tokenizer):
+    class Shouting(TransformersEncoder):
+        def collate(self, items):
+            return super().collate([item + "!" for item in items])
+
+    encoder = Shouting(bert, tokenizer)
+    expected = TransformersEncoder(bert, tokenizer).collate(["cholera!"])["input_ids"].tolist()
+    assert encoder.collate_fn()(["cholera"])["input_ids"].tolist() == expected
+    assert encoder.collate(["cholera"])["input_ids"].tolist() == expected
+
+
 def test_items_are_seen_whole_and_cost_their_characters(bert, tokenizer):
     encoder = TransformersEncoder(bert, tokenizer)
     assert (encoder.content("a text"), encoder.length("a text"), encoder.embedding_size) == ("a text", 6, 384)
