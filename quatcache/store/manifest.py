@@ -7,6 +7,7 @@ or not at all, and a shard without an entry is an orphan that nobody reads.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -40,6 +41,7 @@ class Manifest:
         created: UTC time of the first commit, ISO 8601.
         shards: Committed shards in row order.
         verified: Other environments in which the encoder was seen to give the rows that are here.
+        effort: How many rows were encoded in a measured time, and that time in seconds.
     """
 
     digest: str
@@ -51,6 +53,7 @@ class Manifest:
     created: str = ""
     shards: tuple[ShardEntry, ...] = ()
     verified: tuple[Mapping[str, str], ...] = ()
+    effort: tuple[int, float] = (0, 0.0)
 
     @property
     def kind(self) -> RowKind | None:
@@ -97,6 +100,7 @@ class Manifest:
             "given_dtype": _dtype_name(self.given_dtype),
             "shards": [vars(shard) for shard in self.shards],
             "verified": [dict(environment) for environment in self.verified],
+            "effort": {"rows": self.effort[0], "seconds": self.effort[1]},
         }
         write_json(directory / MANIFEST_NAME, {**content, "xxh3": _checksum(content)})
 
@@ -149,6 +153,7 @@ class Manifest:
             created=str(content["created"]),
             shards=shards,
             verified=tuple(_strings(environment) for environment in content.get("verified", ())),
+            effort=_effort(content.get("effort", {"rows": 0, "seconds": 0.0})),
         )
 
 
@@ -164,6 +169,13 @@ def _shard(entry: Mapping[str, Any]) -> ShardEntry:
     if not isinstance(digest, str):
         raise ValueError(f"the checksum of {file} is {digest!r}")
     return ShardEntry(file=file, rows=_count(entry["rows"]), bytes=_count(entry["bytes"]), xxh3=digest)
+
+
+def _effort(content: Mapping[str, Any]) -> tuple[int, float]:
+    seconds = float(content["seconds"])
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} is not a time")
+    return _count(content["rows"]), seconds
 
 
 def _strings(content: Mapping[str, Any]) -> dict[str, str]:

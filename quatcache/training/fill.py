@@ -21,7 +21,7 @@ from quatcache.data.samples import LAYOUTS
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.errors import ConfigError, KeyTypeError
 from quatcache.read_through import Counts, fill_through
-from quatcache.store import CacheDirectory, DatasetTable, Positions, RowStore, TensorStore
+from quatcache.store import CacheDirectory, DatasetTable, DiskStore, Positions, RowStore, TensorStore
 from quatcache.training.canary import Canary
 from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.extracted import ExtractedKeys, Forgetful
@@ -50,6 +50,7 @@ class EncoderFill:
         extracted: Compares items of one extracted key; None with default keys.
         canary: Compares stored rows with what the encoder gives now; None for rows of this run only.
         seconds: Time in the encoder so far, collating included.
+        noted: How many items, and seconds, were written down with the rows.
     """
 
     name: str
@@ -61,6 +62,22 @@ class EncoderFill:
     extracted: ExtractedKeys | None = None
     canary: Canary | None = None
     seconds: float = 0.0
+    noted: tuple[int, float] = (0, 0.0)
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds that the encoder takes for an item: in this run, else when the rows were made; None: not known."""
+        items, seconds = self.counts.computed, self.seconds
+        if not items and isinstance(self.store, DiskStore):
+            items, seconds = self.store.manifest.effort
+        return seconds / items if items else None
+
+    def note_effort(self) -> None:
+        """Write down with the rows how long encoding them took."""
+        items, seconds = self.counts.computed - self.noted[0], self.seconds - self.noted[1]
+        if items and isinstance(self.store, DiskStore):
+            self.store.mark_encoded(items, seconds)
+            self.noted = self.counts.computed, self.seconds
 
     def verify(self, chunk: Chunk) -> None:
         """Hold stored rows against the encoder, as long as the canary wants some.

@@ -27,7 +27,7 @@ class EncoderReport:
         source: Where the rows persist; None: in memory only.
         tier_reason: Why AUTO took that tier; empty where the user named it.
         verified: Stored rows that were encoded again and agreed.
-        encode_seconds: Time in the encoder, collating included, for the items that were encoded.
+        pace: Seconds in the encoder for an item, collating included, in this or an earlier run; None: not known.
         served: Rows that training and validation took, over all measured epochs.
     """
 
@@ -42,7 +42,7 @@ class EncoderReport:
     source: str | None = None
     tier_reason: str = ""
     verified: int = 0
-    encode_seconds: float = 0.0
+    pace: float | None = None
     served: int = 0
 
 
@@ -88,14 +88,14 @@ class CacheReport:
 
     @property
     def uncached_epoch(self) -> float | None:
-        """Estimate of the wall time of an epoch without the cache; None: nothing was encoded to go by.
+        """Estimate of the wall time of an epoch without the cache; None: no encoding was measured to go by.
 
         It is the epoch with the cache, and what encoding would take for the rows that it used instead: at the pace of
         the fill, which packs items of like length together, so that an epoch in dataset order would rather be slower.
         """
-        if self.cached_epoch is None or any(not one.encoded and one.served for one in self.encoders.values()):
+        if self.cached_epoch is None or any(one.pace is None for one in self.encoders.values()):
             return None
-        encoding = sum(one.served * one.encode_seconds / one.encoded for one in self.encoders.values() if one.served)
+        encoding = sum(one.served * (one.pace or 0.0) for one in self.encoders.values())
         return self.cached_epoch + encoding / len(self.epoch_seconds) if encoding else None
 
     @property
@@ -142,7 +142,7 @@ class CacheReport:
         """Say what the cache cost and what it won.
 
         Example:
-            >>> one = EncoderReport("default", "CPU", 60, 4608, 60, 60, 0, 0, encode_seconds=6.0, served=200)
+            >>> one = EncoderReport("default", "CPU", 60, 4608, 60, 60, 0, 0, pace=0.1, served=200)
             >>> CacheReport({"default": one}, fill_seconds=7.0, epoch_seconds=[0.2, 0.2]).gain()
             'fill 7.0 s; an epoch 0.2 s, without the cache about 10.2 s; ahead after epoch 1'
         """

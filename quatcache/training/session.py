@@ -228,6 +228,8 @@ class CacheSession:
                 self._run(fills, context)
             for store in stores:
                 store.compact()
+            for encoder in self._fills.values():
+                encoder.note_effort()
             for fill in fills.values():
                 fill.keep(self._directory)
         return fills
@@ -337,7 +339,7 @@ class CacheSession:
             str(store.directory) if isinstance(store, DiskStore) else None,
             placement.reason,
             0 if encoder.canary is None else encoder.canary.compared,
-            encoder.seconds,
+            encoder.pace,
         )
 
     def _swap(self) -> None:

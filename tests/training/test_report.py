@@ -8,6 +8,9 @@ import pytest
 from pytorch_lightning.loggers import CSVLogger
 
 from quatcache import CacheConfig
+from quatcache.errors import StoreError
+from quatcache.store import DiskStore
+from quatcache.store.manifest import Manifest
 from quatcache.training.report import CacheReport, EncoderReport, readable_time
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, texts
 
@@ -24,7 +27,7 @@ class Ticking:
 
 
 def one(**changes):
-    known = {"rows": 90, "nbytes": 5760, "asked": 100, "encoded": 90, "duplicates": 10, "encode_seconds": 9.0}
+    known = {"rows": 90, "nbytes": 5760, "asked": 100, "encoded": 90, "duplicates": 10, "pace": 0.1}
     return EncoderReport("default", "CPU", **{**known, "served": 300, **changes})
 
 
@@ -38,12 +41,12 @@ def test_epoch_without_the_cache_is_the_one_with_it_and_the_encoding_of_what_it_
     assert report().uncached_epoch == pytest.approx(0.2 + 100 * 0.1)
     assert report().break_even_epoch == 2  # 12.0 + 2 * 0.2 < 2 * 10.2, and not yet after one
     assert report(fill_seconds=9.0).break_even_epoch == 1
-    both = report(one(), EncoderReport("other", encoded=10, encode_seconds=5.0, served=300))
+    both = report(one(), EncoderReport("other", pace=0.5, served=300))
     assert both.uncached_epoch == pytest.approx(0.2 + 10.0 + 50.0)
 
 
 def test_what_was_not_measured_is_not_told():
-    warm = report(one(encoded=0, hits=90, encode_seconds=0.0))
+    warm = report(one(encoded=0, hits=90, pace=None))
     assert warm.uncached_epoch is None and warm.break_even_epoch is None
     assert warm.gain() == "fill 12.0 s; an epoch 0.2 s"
     assert {"cache/epoch_seconds_uncached", "cache/break_even_epoch"}.isdisjoint(warm.metrics())
@@ -60,8 +63,33 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     found = model.cache_callback.report
     assert found.epoch_seconds == [1.0, 1.0, 1.0]
     assert found.encoders["default"].served == 3 * (4 * 8 + 10)
-    assert found.encoders["default"].encode_seconds == 0.5 * 40 / 8
+    assert found.encoders["default"].pace == 0.5 / 8
     assert found.uncached_epoch == pytest.approx(1.0 + 42 * 2.5 / 40)
+
+
+def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
+    monkeypatch.setattr("quatcache.training.session.time", Ticking(1.0))
+    monkeypatch.setattr("quatcache.training.fill.time", Ticking(0.5))
+    reports = []
+    for count in (40, 40, 80, 80):
+        model = Model(cache=CacheConfig(save_dir=tmp_path, batch_size=8))
+        fit(model, loader(Texts(texts(count))))
+        reports.append(model.cache_callback.report)
+    assert [found.encoders["default"].pace for found in reports] == [0.5 / 8] * 4
+    assert [found.encoded for found in reports] == [40, 0, 40, 0]
+    assert reports[3].uncached_epoch == 1.0 + 80 * 0.5 / 8
+    (path,) = tmp_path.glob("encoders/*")
+    assert Manifest.read(path).effort == (80, 5.0)
+
+
+def test_pace_that_cannot_be_written_down_harms_nothing(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise StoreError("read-only")
+
+    monkeypatch.setattr(DiskStore, "_changing", refuse)
+    model = Model(cache=CacheConfig(save_dir=tmp_path))
+    fit(model, loader(Texts(texts(20))))
+    assert model.cache_callback.report.encoded == 20
 
 
 def test_loggers_get_the_numbers(tmp_path):
