@@ -54,8 +54,10 @@ def test_unknown_command_is_refused_and_the_known_ones_named(capsys):
 
 
 def test_missing_jsonargparse_names_the_extra(monkeypatch, capsys):
+    from quatcache.training import command_line
+
     real = importlib.util.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "jsonargparse" else real(name))
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "jsonargparse" else real(name))
     assert cli.main(["fit", "--config", "any.yaml"]) == 1
     assert "pip install 'quatcache[cli]'" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from quatcache.encoders.encoder import Encoder
 
-__all__ = ["JSON", "Identity", "identify"]
+__all__ = ["JSON", "Identity", "autocast_of", "identify"]
 
 _SCHEMA = 1
 _SHOWN = 5
@@ -140,6 +140,19 @@ def identify(encoder: Encoder, *, autocast: str | None = None) -> Identity:
                 "bool, int, float, str, or lists and dicts of these"
             ) from None
     return Identity.of(facts)
+
+
+def autocast_of(precision: str) -> str | None:
+    """Give what a trainer's precision adds to an encoder's identity; None: nothing.
+
+    Precisions without autocast count too: they convert the inputs, which shows in no weight, and in nothing at all if
+    an encoder has no weights.
+
+    Example:
+        >>> autocast_of("bf16-mixed"), autocast_of("64-true"), autocast_of("32-true")
+        ('bf16-mixed', '64-true', None)
+    """
+    return None if precision == "32-true" else precision
 
 
 def _same(first: Mapping[str, JSON], second: Mapping[str, JSON], name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -148,6 +149,10 @@ def read_json(path: Path) -> dict[str, Any]:
         DamagedFileError: It is not a JSON object.
     """
     try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(
+            mode
+        ):  # reading a pipe would wait for ever
+            raise DamagedFileError(f"{path} is no regular file; it is made again when the cache is next used.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(str(path)) from None
@@ -155,6 +160,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."
         ) from error
+    except DamagedFileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}); it is made again when the cache is next used.") from error
     if not isinstance(content, dict):

@@ -125,6 +125,29 @@ class CacheConfig:
             return self.key_extractors
         return self.key_extractors.get(encoder)
 
+    def decide_labels(self, cached: Collection[str], encoders: Collection[str]) -> tuple[bool, str]:
+        """Decide whether targets are cached.
+
+        Args:
+            cached: Names of the encoders that are cached.
+            encoders: Names of all encoders.
+
+        Returns:
+            The decision, and why, for people.
+        """
+        others = sorted(set(encoders) - set(cached))
+        if self.labels is False:
+            return False, "labels=False"
+        if others:
+            return False, f"encoder {others[0]!r} is not cached, so the dataset is read anyway"
+        if self.labels is True:
+            return True, "labels=True"
+        if any(self.extractor_of(name) is not None for name in cached):
+            return False, "keys come from key_extractors (labels=True caches them all the same)"
+        if self.num_workers:
+            return False, f"the fill has {self.num_workers} workers (labels=True caches them all the same)"
+        return True, "every encoder is cached, keys are the default ones and the fill is single-process"
+
     def check_against(self, trainable: Mapping[str, bool]) -> None:
         """Hold the names of the config against the encoders of a model.
 

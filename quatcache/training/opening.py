@@ -14,24 +14,11 @@ from quatcache.store import CacheDirectory, DiskStore, RowStore, environment
 from quatcache.training.canary import Canary
 from quatcache.training.lightning import Trainer
 
-__all__ = ["autocast_of", "canary_for", "closest_differences", "open_rows"]
+__all__ = ["canary_for", "closest_differences", "open_rows"]
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3
-
-
-def autocast_of(precision: str) -> str | None:
-    """Give what a trainer's precision adds to an encoder's identity; None: nothing.
-
-    Precisions without autocast count too: they convert the inputs, which shows in no weight, and in nothing at all if
-    an encoder has no weights.
-
-    Example:
-        >>> autocast_of("bf16-mixed"), autocast_of("64-true"), autocast_of("32-true")
-        ('bf16-mixed', '64-true', None)
-    """
-    return None if precision == "32-true" else precision
 
 
 def open_rows(

@@ -23,6 +23,7 @@ from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder, identify
 from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
+from quatcache.encoders.identity import autocast_of
 from quatcache.encoders.weights import to_device
 from quatcache.errors import LoaderError, StoreError
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
@@ -33,7 +34,7 @@ from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, 
 from quatcache.training.keying import KeyScheme
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
-from quatcache.training.opening import autocast_of, canary_for, open_rows
+from quatcache.training.opening import canary_for, open_rows
 from quatcache.training.placement import Placement, place_rows
 from quatcache.training.progress import fill_progress
 from quatcache.training.report import CacheReport, EncoderReport
@@ -255,7 +256,7 @@ class CacheSession:
 
     def _open(self, fills: list[DatasetFill]) -> None:
         """Open a store for every encoder to be cached, and decide on labels."""
-        self.report.labels, self.report.labels_reason = self._decide_labels()
+        self.report.labels, self.report.labels_reason = self._config.decide_labels(self._cached, self._real)
         items, device = sum(len(fill.dataset) for fill in fills), self._module.device
         stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
         for name in self._cached:
@@ -309,21 +310,6 @@ class CacheSession:
                 context=precision.forward_context,
             )
         return self._frozen[name]
-
-    def _decide_labels(self) -> tuple[bool, str]:
-        config = self._config
-        others = [name for name in sorted(self._real) if name not in self._cached]
-        if config.labels is False:
-            return False, "labels=False"
-        if others:
-            return False, f"encoder {others[0]!r} is not cached, so the dataset is read anyway"
-        if config.labels is True:
-            return True, "labels=True"
-        if any(config.extractor_of(name) is not None for name in self._cached):
-            return False, "keys come from key_extractors (labels=True caches them all the same)"
-        if config.num_workers:
-            return False, f"the fill has {config.num_workers} workers (labels=True caches them all the same)"
-        return True, "every encoder is cached, keys are the default ones and the fill is single-process"
 
     def _note(self, encoder: EncoderFill, placement: Placement) -> None:
         counts, store = encoder.counts, encoder.store

@@ -449,6 +449,15 @@ def test_rows_behind_a_lost_manifest_are_read_where_nothing_can_be_written(tmp_p
     assert held(DiskStore(tmp_path, DIGEST), 1) == [1] and not (tmp_path / MANIFEST_NAME).exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_pipe_in_place_of_the_manifest_is_damage_and_does_not_wait(tmp_path):
+    commit(tmp_path, 1)
+    (tmp_path / MANIFEST_NAME).unlink()
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    assert held(DiskStore(tmp_path, DIGEST), 1) == [1]
+    assert (tmp_path / MANIFEST_NAME).is_file() and Manifest.read(tmp_path).rows == 1
+
+
 def test_newer_manifest_is_no_damage(tmp_path):
     commit(tmp_path, 1)
     edit_manifest(tmp_path, lambda content: content.update(version=2))

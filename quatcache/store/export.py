@@ -1,0 +1,318 @@
+"""Rows for other tools: numpy arrays or parquet, written shard by shard.
+
+Files are written from the front to the back, not through a memory map: on a full disk that is an error, where a map
+would end the process. They get their names when all of them are whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quatcache.errors import CacheMissError, ConfigError, FormatError, MissingDependencyError, StoreError
+from quatcache.keys import KeyIndex
+from quatcache.store.shards import open_shard
+from quatcache.store.summaries import StoreSummary, TableSummary
+from quatcache.store.tables import DatasetTable
+
+__all__ = ["Export", "export_rows"]
+
+BLOCK_BYTES = 32 << 20
+"""Rows are copied in blocks of this size, which also are the row groups of a parquet file."""
+
+Numbers = npt.NDArray[np.int64]
+"""Row numbers within one store."""
+
+Block = Mapping[str, npt.NDArray[Any]]
+"""Arrays of the same samples by name: "vectors", "keys", "targets.0", ..."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        files: Each file, the vectors first.
+        rows: How many rows, or samples of a dataset, there are.
+        shape: Shape of the array of vectors.
+        dtype: Its dtype.
+        notes: What is otherwise than in the cache, each in a sentence.
+    """
+
+    files: tuple[Path, ...]
+    rows: int
+    shape: tuple[int, ...]
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+
+def export_rows(
+    store: StoreSummary,
+    target: Path,
+    *,
+    dataset: TableSummary | None = None,
+    encoder: str | None = None,
+    force: bool = False,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> Export:
+    """Write the rows of a store as an array, or those of a dataset in its order.
+
+    Args:
+        store: The store, as :func:`~quatcache.store.inspection.inspect_cache` lists it.
+        target: A new file. ``vectors.npy`` holds the rows, ``(N, *row_shape)``, in their storage dtype; beside it
+            ``vectors.keys.npy`` has the keys, int64 ``(N, 2)``, and for a dataset ``vectors.targets.<n>.npy`` its
+            target columns. ``vectors.parquet`` holds all of them as columns.
+        dataset: Its items are written in its order, with duplicates: ``(N, *row_shape)``, for pairs
+            ``(N, 2, *row_shape)``. None: each row once, in the order of the shards.
+        encoder: Name of the encoder in the dataset; None: the one whose items are in the store.
+        force: Whether to overwrite.
+        advance: Told after each block how many rows it has.
+
+    Returns:
+        What was written. bfloat16, which neither numpy nor parquet knows, becomes float32.
+
+    Raises:
+        ConfigError: The name of the target ends otherwise, it exists, or the encoder is not in the dataset.
+        CacheMissError: An item of the dataset has no row here.
+        FormatError: The store, one of its shards or the dataset is damaged.
+        MissingDependencyError: pyarrow is not installed.
+        StoreError: A file cannot be read or written; nothing is left of it.
+
+    Example:
+        >>> import tempfile
+        >>> from quatcache.keys import content_keys
+        >>> from quatcache.store import CacheDirectory
+        >>> from quatcache.store.inspection import inspect_cache
+        >>> cache = CacheDirectory(tempfile.mkdtemp())
+        >>> store = cache.store("0" * 32, {})
+        >>> store.put_many(content_keys(["a", "b"]), torch.ones(2, 3))
+        >>> store.flush()
+        >>> written = export_rows(inspect_cache(cache).stores[0], cache.path / "vectors.npy")
+        >>> np.load(written.files[0], allow_pickle=False).shape
+        (2, 3)
+    """
+    if target.suffix not in {".npy", ".parquet"}:
+        raise ConfigError(f"{target} ends in {target.suffix!r}; export to .npy or .parquet.")
+    arrow = _pyarrow() if target.suffix == ".parquet" else None
+    table = None if dataset is None else _usable(dataset)
+    targets = () if table is None else table.targets or ()
+    names = ["vectors", "keys", *(f"targets.{place}" for place in range(len(targets)))]
+    paths = [target if name == "vectors" else target.with_name(f"{target.stem}.{name}.npy") for name in names]
+    paths = paths if arrow is None else [target]
+    stale = [] if arrow is not None else _targets_beside(target, besides=paths)
+    existing = [path for path in (*paths, *stale) if os.path.lexists(path)]
+    if existing and not force:
+        raise ConfigError(f"{existing[0]} exists; name another file, or permit overwriting (--force).")
+    rows = _Rows(store)
+    numbers = rows.latest() if table is None else _in_order(rows, table, encoder)
+    selection = _Selection(rows, numbers, targets)
+    with _staged(paths) as temporary:
+        if arrow is None:
+            _write_arrays(dict(zip(names, temporary, strict=True)), selection, advance)
+        else:
+            _write_parquet(arrow, temporary[0], selection, advance)
+    for path in stale:  # of an export of another dataset: it must not stand beside these rows
+        path.unlink()
+    dtype, shape = selection.arrays["vectors"]
+    widened = (f"{name} became float32: neither numpy nor parquet has bfloat16." for name in selection.widened)
+    return Export(tuple(paths), len(numbers), shape, str(dtype), tuple(widened))
+
+
+def _usable(dataset: TableSummary) -> DatasetTable:
+    if dataset.table is None:
+        reason = "" if dataset.problem is None else f" {dataset.problem.reason}"
+        raise FormatError(f"{dataset.path}{reason}, so it cannot be exported; choose another dataset.")
+    return dataset.table
+
+
+def _targets_beside(target: Path, besides: Sequence[Path]) -> list[Path]:
+    name = re.compile(re.escape(target.stem) + r"\.targets\.[0-9]+\.npy")
+    beside = target.parent.iterdir() if target.parent.is_dir() else ()
+    return [path for path in beside if name.fullmatch(path.name) and path not in besides]
+
+
+class _Rows:
+    """Every row of a store by number, in the memory map of its shards, each of which was checked."""
+
+    def __init__(self, store: StoreSummary) -> None:
+        name = store.path.name
+        if store.problem is not None or store.manifest is None:
+            reason = "" if store.problem is None else f": {store.problem.path.name} {store.problem.reason}"
+            raise FormatError(f"store {name} cannot be exported{reason}; run with it once, or choose another one.")
+        if store.manifest.kind is None:
+            raise ConfigError(f"store {name} has no rows; fill it first.")
+        self.name = name
+        self.kind = store.manifest.kind
+        self.index = KeyIndex()
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        starts = [0]
+        for entry in store.manifest.shards:
+            try:
+                keys, values, _ = open_shard(store.path, entry, store.manifest.digest, self.kind)
+            except FormatError as error:
+                reason = str(error).partition("; ")[0]
+                raise FormatError(
+                    f"store {name} cannot be exported: {reason}; run with it once, to encode these rows again."
+                ) from error
+            self.index.add(keys, np.arange(starts[-1], starts[-1] + len(keys)))
+            self._keys.append(torch.from_numpy(keys))
+            self._values.append(values)
+            starts.append(starts[-1] + len(keys))
+        self._starts = np.array(starts)
+
+    def latest(self) -> Numbers:
+        """Give the number of each row that counts, ascending, ``(N, 1)``: of a key put twice the later one."""
+        return np.sort(self.index.items()[1])[:, None]
+
+    def vectors(self, numbers: Numbers) -> torch.Tensor:
+        """Read rows ``(n,)`` as ``(n, *row_shape)``."""
+        return self._gather(self._values, numbers, (*self.kind.row_shape,), self.kind.dtype)
+
+    def keys(self, numbers: Numbers) -> torch.Tensor:
+        """Read the keys of rows ``(n,)`` as ``(n, 2)``."""
+        return self._gather(self._keys, numbers, (2,), torch.int64)
+
+    def _gather(
+        self, parts: Sequence[torch.Tensor], numbers: Numbers, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        answer = torch.empty((len(numbers), *shape), dtype=dtype)
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            local = torch.from_numpy(numbers[places] - self._starts[shard])
+            answer[torch.from_numpy(places)] = parts[shard].index_select(0, local)
+        return answer
+
+
+def _in_order(rows: _Rows, table: DatasetTable, encoder: str | None) -> Numbers:
+    """Find the row of each item of a dataset, ``(N, items)``."""
+    known = ", ".join(repr(name) for name in sorted(table.keys))
+    if encoder is not None and encoder not in table.keys:
+        raise ConfigError(f"the dataset has no encoder {encoder!r}; it has {known}.")
+    names = sorted(table.keys) if encoder is None else [encoder]
+    found = {name: rows.index.find(table.keys[name].reshape(-1, 2)) for name in names}
+    whole = [name for name in names if (found[name] >= 0).all()]
+    if not whole:
+        missing, name = min((int((found[name] < 0).sum()), name) for name in names)
+        raise CacheMissError(
+            f"{missing:,} of the {len(found[name]):,} items of the dataset (encoder {name!r}) have no row in store "
+            f"{rows.name}; choose another store, or fill it first."
+        )
+    if not all(np.array_equal(found[whole[0]], found[name]) for name in whole):
+        raise ConfigError(f"store {rows.name} has the items of several encoders of the dataset; name one of {known}.")
+    return found[whole[0]].reshape(table.keys[whole[0]].shape[:2])
+
+
+class _Selection:
+    """What is exported: rows by number, their keys, and target columns beside them."""
+
+    def __init__(self, rows: _Rows, numbers: Numbers, targets: Sequence[torch.Tensor]) -> None:
+        self._rows, self._numbers = rows, numbers
+        self._targets = {f"targets.{place}": column for place, column in enumerate(targets)}
+        dtypes = {"vectors": rows.kind.dtype, **{name: column.dtype for name, column in self._targets.items()}}
+        self.widened = [name for name, dtype in dtypes.items() if dtype is torch.bfloat16]
+        self.paired = numbers.shape[1] > 1
+        self.empty = self._block(slice(0, 0))
+        self.arrays = {name: (array.dtype, (len(numbers), *array.shape[1:])) for name, array in self.empty.items()}
+
+    def blocks(self) -> Iterator[Block]:
+        """Give some samples at a time."""
+        sample_bytes = math.prod((self._rows.kind.dtype.itemsize, self._numbers.shape[1], *self._rows.kind.row_shape))
+        size = max(1, BLOCK_BYTES // max(1, sample_bytes))
+        for start in range(0, len(self._numbers), size):
+            yield self._block(slice(start, start + size))
+
+    def _block(self, part: slice) -> Block:
+        numbers = self._numbers[part]
+        flat = numbers.reshape(-1)
+        lead = numbers.shape if self.paired else numbers.shape[:1]  # one item a sample: no axis for it
+        vectors, keys = self._rows.vectors(flat), self._rows.keys(flat)
+        tensors = {"vectors": vectors.reshape(*lead, *vectors.shape[1:]), "keys": keys.reshape(*lead, 2)}
+        tensors.update((name, column[part]) for name, column in self._targets.items())
+        return {
+            name: (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+            for name, tensor in tensors.items()
+        }
+
+
+def _write_arrays(paths: Mapping[str, Path], selection: _Selection, advance: Callable[[int], object]) -> None:
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(path.open("wb")) for name, path in paths.items()}
+        for name, (dtype, shape) in selection.arrays.items():
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for block in selection.blocks():
+            for name, array in block.items():
+                files[name].write(np.ascontiguousarray(array).data)
+            advance(len(block["keys"]))
+
+
+def _write_parquet(arrow: Any, path: Path, selection: _Selection, advance: Callable[[int], object]) -> None:
+    empty = arrow.table(_columns(arrow, selection.empty, selection))
+    with arrow.parquet.ParquetWriter(path, empty.schema, use_dictionary=False) as writer:
+        for block in selection.blocks():
+            writer.write_table(arrow.table(_columns(arrow, block, selection)))
+            advance(len(block["keys"]))
+
+
+def _columns(arrow: Any, block: Block, selection: _Selection) -> dict[str, Any]:
+    """Make columns: ``vector`` and ``key`` (for pairs ``vector.0``, ``vector.1``, ...), and ``target.<n>``."""
+    columns: dict[str, Any] = {}
+    for name, array in block.items():
+        column = name.replace("s", "", 1) if name.startswith("targets") else name.removesuffix("s")
+        if name in {"vectors", "keys"} and selection.paired:
+            columns.update((f"{column}.{item}", _column(arrow, array[:, item])) for item in range(array.shape[1]))
+        else:
+            columns[column] = _column(arrow, array)
+    return columns
+
+
+def _column(arrow: Any, array: npt.NDArray[Any]) -> Any:
+    """Make a column of values, or of lists of one size: a row of several dimensions is flattened in C order."""
+    values = arrow.array(np.ascontiguousarray(array).reshape(-1))
+    return values if array.ndim == 1 else arrow.FixedSizeListArray.from_arrays(values, math.prod(array.shape[1:]))
+
+
+@contextmanager
+def _staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Give temporary names for files, which get their own when all of them are whole and flushed to the device."""
+    temporary = [path.with_name(f".tmp-{secrets.token_hex(6)}-{path.name}") for path in paths]
+    try:
+        yield temporary
+        for path in temporary:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, final in zip(temporary, paths, strict=True):
+            path.replace(final)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {paths[0]}: {error.strerror or error}; free space or permit writing there, or name another "
+            "file."
+        ) from error
+    finally:
+        for path in temporary:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pyarrow, which writes parquet, is not installed: pip install 'quatcache[export]'; or export to .npy"
+        ) from error
+    return pyarrow

@@ -1,0 +1,286 @@
+"""Making room in a cache directory: choose first, show it, then remove.
+
+Runs may fill and read the directory meanwhile. So a store is emptied only under its two locks, and what was chosen is
+looked at again under them: a store that was used since, or a shard that was committed since, stays. The manifest goes
+first: whoever comes then finds no store rather than half of one, and whoever has shards open keeps them.
+
+Only regular files whose names are of the format are ever deleted, and none behind a symbolic link. The directory of an
+emptied store stays for an hour with its lock files, because another process may be waiting for them; the next pruning
+takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from quatcache.errors import ConfigError, StoreError
+from quatcache.store.disk import LAST_USED
+from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary, locked
+from quatcache.store.inspection import inspect_store
+from quatcache.store.manifest import MANIFEST_NAME
+from quatcache.store.shards import is_shard_name
+from quatcache.store.summaries import CacheSummary, StoreSummary, TableSummary
+
+__all__ = ["Outcome", "PrunePlan", "Removal", "choose", "remove"]
+
+LEFTOVER_SECONDS = 3600.0
+"""Younger leftovers stay: they may be a file that is being written."""
+
+_DAY = 86400.0
+_BUSY = "another process fills it"
+_CHANGED = "it changed since it was chosen"
+_GONE = "it is gone already"
+_WHY = {
+    "orphan shard": "no manifest names it",
+    "temporary file": "left by a process that died",
+    "empty store": "left of a store that was removed",
+}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing to remove.
+
+    Attributes:
+        path: A file, or the directory of a store.
+        kind: "store", "index table", "orphan shard", "temporary file" or "empty store".
+        reason: Why, for people.
+        bytes: What it takes.
+        last_used: When it was last used or written, in seconds since 1970; if that changed, it stays.
+    """
+
+    path: Path
+    kind: str
+    reason: str
+    bytes: int
+    last_used: float
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What would go, and what would be left.
+
+    Attributes:
+        path: The cache directory.
+        removals: In the order in which they go.
+        kept_bytes: What stays.
+        notes: What cannot go though it is due, each in a sentence.
+    """
+
+    path: Path
+    removals: tuple[Removal, ...]
+    kept_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def freed_bytes(self) -> int:
+        """What would be free again."""
+        return sum(removal.bytes for removal in self.removals)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one removal.
+
+    Attributes:
+        removal: What was to be removed.
+        freed_bytes: What is free again.
+        note: Why it, or a part of it, stayed; "" if nothing did.
+        failed: Whether that is an error, and not the use that another process makes of it.
+    """
+
+    removal: Removal
+    freed_bytes: int
+    note: str = ""
+    failed: bool = False
+
+
+def choose(
+    summary: CacheSummary, *, unused_days: float | None = None, max_bytes: int | None = None, now: float
+) -> PrunePlan:
+    """Choose what to remove; nothing is removed yet.
+
+    Args:
+        summary: What is there.
+        unused_days: Stores and index tables go that no run used for so many days; None: none for that reason.
+        max_bytes: Then the least recently used stores go, and after them index tables, until so many bytes are left;
+            None: no budget.
+        now: Seconds since 1970.
+
+    Returns:
+        What would go: orphan shards and temporary files older than an hour always do.
+
+    Raises:
+        ConfigError: A limit is negative.
+
+    Example:
+        >>> choose(CacheSummary(Path("cache"), (), (), (), ()), unused_days=30, now=0.0)
+        PrunePlan(path=..., removals=(), kept_bytes=0, notes=())
+    """
+    for name, limit in (("unused_days", unused_days), ("max_bytes", max_bytes)):
+        if limit is not None and not limit >= 0:
+            raise ConfigError(f"{name} is {limit}; give a number of at least 0.")
+    removals: list[Removal] = []
+    kept: list[Removal] = []
+    notes: list[str] = []
+    parts: list[StoreSummary | TableSummary] = [*summary.stores, *summary.tables]
+    for part in parts:
+        days = (now - part.last_used) / _DAY
+        due = unused_days is not None and days > unused_days
+        obstacle = _obstacle(part, summary.path)
+        if obstacle is None:
+            kind = "store" if isinstance(part, StoreSummary) else "index table"
+            reason = f"unused for {days:.0f} days" if due else "over the budget"
+            (removals if due else kept).append(Removal(part.path, kind, reason, part.bytes, part.last_used))
+        elif due or max_bytes is not None:
+            notes.append(f"{part.path.relative_to(summary.path)} {obstacle}, and is left alone.")
+    spared = {removal.path for removal in removals} | {store.path for store in summary.stores if store.newer}
+    for stray in summary.strays:
+        old = now - stray.modified > LEFTOVER_SECONDS
+        if old and stray.path.parent not in spared and not _is_linked(stray.path, summary.path):
+            removals.append(Removal(stray.path, stray.kind, _WHY[stray.kind], stray.bytes, stray.modified))
+    left = summary.bytes - sum(removal.bytes for removal in removals)
+    if max_bytes is not None:
+        for removal in sorted(kept, key=lambda removal: (removal.kind != "store", removal.last_used)):
+            if left > max_bytes:
+                left -= removal.bytes
+                removals.append(removal)
+        if left > max_bytes:
+            notes.append(f"{left:,} bytes would be left, more than the budget of {max_bytes:,}.")
+    return PrunePlan(summary.path, tuple(removals), left, tuple(notes))
+
+
+def _obstacle(part: StoreSummary | TableSummary, root: Path) -> str | None:
+    if _is_linked(part.path, root):
+        return "lies behind a symbolic link"
+    if isinstance(part, StoreSummary) and part.newer:
+        return "was written by a newer version"
+    return None
+
+
+def _is_linked(path: Path, root: Path) -> bool:
+    """Whether the way from the cache directory to a path leads over a symbolic link; the former may be one itself."""
+    below = path.relative_to(root)
+    return any((root / part).is_symlink() for part in (below, *below.parents[:-1]))
+
+
+def remove(plan: PrunePlan, advance: Callable[[Removal], object] = lambda removal: None) -> tuple[Outcome, ...]:
+    """Remove what was chosen, where it is still as it was and no other process fills it.
+
+    Args:
+        plan: What :func:`choose` gave.
+        advance: Told of each removal after it was tried.
+
+    Returns:
+        What became of each. What fails is told there, and the others go on.
+    """
+    outcomes = []
+    for removal in plan.removals:
+        try:
+            if _is_linked(removal.path, plan.path):
+                outcome = Outcome(removal, 0, _CHANGED)
+            elif removal.kind == "store":
+                outcome = _remove_store(removal)
+            elif removal.kind == "empty store":
+                outcome = _remove_shell(removal)
+            elif plan.path / "encoders" in removal.path.parents:
+                outcome = _remove_stray(removal)
+            else:
+                outcome = _remove_file(removal)
+        except FileNotFoundError:
+            outcome = Outcome(removal, 0, _GONE)
+        except OSError as error:  # a StoreError, if a lock cannot be had, is one too
+            outcome = Outcome(removal, 0, f"cannot be removed: {error.strerror or error}", failed=True)
+        outcomes.append(outcome)
+        advance(removal)
+    return tuple(outcomes)
+
+
+def _remove_store(removal: Removal) -> Outcome:
+    home = removal.path
+    with _alone(home) as alone:
+        if not alone:
+            return Outcome(removal, 0, _BUSY)
+        store, _, _ = inspect_store(home)
+        if store is None or store.newer or store.last_used > removal.last_used:
+            return Outcome(removal, 0, _GONE if store is None else _CHANGED)
+        manifest = home / MANIFEST_NAME
+        freed = _delete(manifest) if os.path.lexists(manifest) else 0
+        stayed: list[str] = []
+        for path in sorted(home.iterdir()):  # nobody writes here now, so a temporary file was left behind
+            if is_shard_name(path.name) or is_temporary(path.name) or path.name == LAST_USED:
+                try:
+                    freed += _delete(path)
+                except OSError:  # Windows keeps what is mapped; and a link is not deleted
+                    stayed.append(path.name)
+    note = f"{len(stayed)} of its files cannot be deleted, {stayed[0]} for one" if stayed else ""
+    return Outcome(removal, freed, note, failed=bool(stayed))
+
+
+def _remove_shell(removal: Removal) -> Outcome:
+    """Take away what a store leaves: its directory and lock files."""
+    home = removal.path
+    with _alone(home) as alone:
+        if not alone:
+            return Outcome(removal, 0, _BUSY)
+        _, strays, _ = inspect_store(home)
+        if [stray.path for stray in strays] != [home]:
+            return Outcome(removal, 0, _CHANGED)
+    for name in (LAST_USED, MANIFEST_LOCK, FILL_LOCK):  # Windows does not delete what is locked
+        with suppress(FileNotFoundError):
+            _delete(home / name)
+    home.rmdir()  # fails if another process wrote something since
+    return Outcome(removal, 0)
+
+
+def _remove_stray(removal: Removal) -> Outcome:
+    """Delete one file of a store, if it still is a stray."""
+    home = removal.path.parent
+    with _alone(home) as alone:
+        if not alone:
+            return Outcome(removal, 0, _BUSY)
+        _, strays, _ = inspect_store(home)
+        if removal.path not in [stray.path for stray in strays]:
+            return Outcome(removal, 0, _GONE if not os.path.lexists(removal.path) else _CHANGED)
+        return _remove_file(removal)
+
+
+def _remove_file(removal: Removal) -> Outcome:
+    if removal.path.lstat().st_mtime > removal.last_used:
+        return Outcome(removal, 0, _CHANGED)
+    return Outcome(removal, _delete(removal.path))
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[bool]:
+    """Hold both locks of a store; give False at once if another process fills it."""
+    for name in (FILL_LOCK, MANIFEST_LOCK):
+        if (home / name).is_symlink():  # opening it might make or empty a file somewhere else
+            raise StoreError(f"{name} is a symbolic link")
+    lock = FileLock(home / FILL_LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        with locked(home / MANIFEST_LOCK):
+            yield True
+    finally:
+        lock.release()
+
+
+def _delete(path: Path) -> int:
+    """Delete a regular file, and give its size."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"{path.name} is no regular file")
+    path.unlink()
+    return status.st_size
