@@ -23,9 +23,12 @@ from quatcache.data.samples import (
 )
 from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
 
-__all__ = ["Batch", "BatchReader", "CachedColumns", "collate_items", "read_samples"]
+__all__ = ["INDICES", "Batch", "BatchReader", "CachedColumns", "collate_items", "read_samples"]
 
 SampleReader = Callable[[Any], Any]
+
+INDICES = "#indices"
+"""No encoder has this name: names are those of attributes."""
 
 
 class Batch(NamedTuple):
@@ -124,7 +127,11 @@ class BatchReader(Dataset[Any]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Give the batch of these samples; rows are still numbers, for the loader to gather."""
+        """Give the batch of these samples.
+
+        Rows are still numbers, for the loader to gather; where samples were read beside them, the indices are among
+        the inputs as :data:`INDICES`, for the loader to take out.
+        """
         columns = self.columns
         if columns is not None and columns.targets is not None and not self.collates:
             where = self._positions(indices)
@@ -136,7 +143,7 @@ class BatchReader(Dataset[Any]):
         targets = batch.targets
         if columns.targets is not None:
             targets = columns.layout.loss_arguments(_select(columns.targets, where))
-        return Batch({**batch.inputs, **self._numbers(columns, where)}, targets)
+        return Batch({**batch.inputs, **self._numbers(columns, where), INDICES: where}, targets)
 
     def _positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Give the indices of a batch as the dataset understands them: whole numbers, negative ones from the end."""

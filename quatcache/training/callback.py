@@ -56,30 +56,29 @@ class CacheCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the encoders are still those that filled the cache."""
         if self._session is not None:
-            self._session.guard.check_unchanged()
             self._session.begin_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the epoch took."""
         if self._session is not None:
-            self._session.end_epoch()
+            self._session.receipt.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the report, while the loggers are open."""
         if self._session is not None:
-            self._session.log_report()
+            self._session.receipt.log()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See that no encoder was unfrozen, as a fine-tuning callback may do at any step."""
+        """Step aside if an encoder was unfrozen, as a fine-tuning callback may do at any step."""
         if self._session is not None:
-            self._session.guard.check_frozen()
+            self._session.look(batch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put everything back, for what users do in ``on_fit_end`` and after; and show the report."""
         session = self._session
         self._end()
         if session is not None:
-            session.show_report()
+            session.receipt.show()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put everything back: after an error or Ctrl-C ``teardown`` is not called."""

@@ -1,7 +1,8 @@
 """The encoders of a model, whose frozen weights stay out of checkpoints.
 
 A frozen encoder is hundreds of megabytes that every checkpoint would repeat, and that anyone who builds the model has
-already. So a state dict leaves frozen encoders out, and loading one, strictly, does not miss them.
+already. So a state dict leaves frozen encoders out, and loading one, strictly, does not miss them. One that was
+unfrozen in the course of a fit is saved from then on: its weights are nowhere else.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class EncoderDict(nn.ModuleDict):
         prefix = kwargs.get("prefix", "")
         collected = super().state_dict(*args, **kwargs)
         for name, encoder in self.real().items():
-            if not encoder.trainable:
+            if not encoder.trainable and not any(parameter.requires_grad for parameter in encoder.parameters()):
                 for key in [key for key in collected if key.startswith(f"{prefix}{name}.")]:
                     del collected[key]
         return collected

@@ -27,7 +27,9 @@ from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.extracted import ExtractedKeys, Forgetful
 from quatcache.training.keying import Chunk, ChunkReader, KeyScheme
 from quatcache.training.memory import refuse_to_swap
+from quatcache.training.placement import Placement
 from quatcache.training.progress import FillProgress
+from quatcache.training.report import EncoderReport
 from quatcache.training.verify import READ_TWICE, SAMPLED, matching_table, reread
 
 __all__ = ["DatasetFill", "EncoderFill", "unkeyable"]
@@ -71,6 +73,23 @@ class EncoderFill:
         if not items and isinstance(self.store, DiskStore):
             items, seconds = self.store.manifest.effort
         return seconds / items if items else None
+
+    def report(self, placement: Placement) -> EncoderReport:
+        """Say what was done, and where the rows are now."""
+        return EncoderReport(
+            self.name,
+            placement.tier.name,
+            len(self.store),
+            self.store.nbytes,
+            self.counts.asked,
+            self.counts.computed,
+            self.counts.hits,
+            self.counts.duplicates,
+            str(self.store.directory) if isinstance(self.store, DiskStore) else None,
+            placement.reason,
+            0 if self.canary is None else self.canary.compared,
+            self.pace,
+        )
 
     def note_effort(self) -> None:
         """Write down with the rows how long encoding them took."""

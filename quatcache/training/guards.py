@@ -33,19 +33,17 @@ class FrozenGuard:
         """Take the encoders as they are now for those that made the rows."""
         self._known = {name: (_writes(encoder), _digests(encoder)) for name, encoder in self._encoders.items()}
 
-    def check_frozen(self) -> None:
-        """Refuse to go on with an encoder that was unfrozen: its rows would stay what they were.
+    def unfrozen(self) -> tuple[str, str] | None:
+        """Find an encoder that was unfrozen: its rows would stay what they were.
 
-        Raises:
-            NotFrozenError: A parameter of a cached encoder requires a gradient.
+        Returns:
+            Its name and that of a parameter that requires a gradient; None: there is none.
         """
         for name, encoder in self._encoders.items():
             for path, parameter in encoder.named_parameters():
                 if parameter.requires_grad:
-                    raise NotFrozenError(
-                        f"encoder {name!r} was unfrozen in the middle of a cached run (parameter {path!r} requires a "
-                        "gradient now); train the last epochs in a fit of their own, with trainable = True."
-                    )
+                    return name, path
+        return None
 
     def check_unchanged(self) -> None:
         """Refuse to go on with an encoder whose weights have other values than at the fill.

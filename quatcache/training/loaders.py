@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -23,14 +24,15 @@ from torch.utils.data import (
     default_collate,
 )
 
-from quatcache.data.batches import Batch, BatchReader, CachedColumns, collate_samples
+from quatcache.data.batches import INDICES, Batch, BatchReader, CachedColumns, collate_samples
 from quatcache.errors import LoaderError
+from quatcache.training.gathering import RowGatherer, batches_in
+from quatcache.training.lightning import Trainer
 
-__all__ = ["MemoryLoader", "checked_loader", "convert_loader"]
+__all__ = ["GatheringLoader", "MemoryLoader", "checked_loader", "convert_loader", "replace_rows"]
 
 Collates = Mapping[str, Callable[[Sequence[Any]], Any]]
 SampleReader = Callable[[Any], Any]
-Gather = Callable[[Batch], Batch]
 
 
 def checked_loader(loader: Any, name: str) -> DataLoader[Any]:
@@ -72,7 +74,8 @@ def convert_loader(
     collates: Collates,
     reader: SampleReader,
     columns: CachedColumns | None,
-    gather: Gather | None,
+    gather: RowGatherer | None,
+    plain: Callable[[], BatchReader] | None = None,
 ) -> DataLoader[Any]:
     """Build the loader that takes the place of the user's.
 
@@ -82,14 +85,16 @@ def convert_loader(
         reader: Takes a sample apart.
         columns: What is cached of the loader's dataset; None where nothing is.
         gather: Replaces row numbers by rows, in this process; None where nothing is cached.
+        plain: Makes what reads batches as if nothing were cached, for when the cache steps aside.
 
     Returns:
         A loader of :class:`~quatcache.data.Batch`. Where encoders and labels are all cached it has no workers.
     """
     settings: dict[str, Any] = {"generator": loader.generator}
     from_memory = columns is not None and columns.targets is not None and not collates
+    workers = _worker_settings(loader)
     if not from_memory:
-        settings.update(_worker_settings(loader))
+        settings.update(workers)
     if isinstance(loader.dataset, IterableDataset):
         settings.update(batch_size=loader.batch_size, drop_last=loader.drop_last)
         return DataLoader(loader.dataset, collate_fn=_CollateSamples(collates, reader), **settings)
@@ -100,11 +105,13 @@ def convert_loader(
     view = BatchReader(loader.dataset, collates, reader, columns)
     if from_memory:
         assert gather is not None
+        aside = _Aside(plain, workers)
         ahead = (loader.prefetch_factor or 0) * loader.num_workers
-        return MemoryLoader(view, gather=gather, ahead=ahead, seeds_once=loader.persistent_workers, **settings)
+        seeds_once = loader.persistent_workers
+        return MemoryLoader(view, gather=gather, aside=aside, ahead=ahead, seeds_once=seeds_once, **settings)
     if gather is None:
         return DataLoader(view, collate_fn=_as_it_is, **settings)
-    return GatheringLoader(view, gather=gather, collate_fn=_as_it_is, **settings)
+    return GatheringLoader(view, gather=gather, aside=_Aside(plain, workers), collate_fn=_as_it_is, **settings)
 
 
 def _worker_settings(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -130,20 +137,64 @@ class _CollateSamples:
         return collate_samples([self.reader(sample) for sample in samples], self.collates)
 
 
+@dataclass
+class _Aside:
+    """How a loader goes on when the cache steps aside.
+
+    Attributes:
+        make_plain: Makes what reads batches as if nothing were cached.
+        workers: Settings of the user's loader.
+        loader: Takes the place of the loader from its next epoch on.
+    """
+
+    make_plain: Callable[[], BatchReader] | None
+    workers: dict[str, Any]
+    loader: DataLoader[Any] | None = None
+
+    @cached_property
+    def plain(self) -> BatchReader:
+        """What reads batches as if nothing were cached."""
+        assert self.make_plain is not None
+        return self.make_plain()
+
+    def epoch(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Start an epoch with the samplers of a loader, which may have got another one since it was made."""
+        if self.loader is None:  # one for all epochs: its workers may be persistent
+            own: Any = {"batch_sampler": loader.batch_sampler, "generator": loader.generator}
+            self.loader = DataLoader(self.plain, collate_fn=_as_it_is, **own, **self.workers)
+        return iter(self.loader)
+
+    def batch(self, indices: Sequence[int] | torch.Tensor) -> Batch:
+        """Read one batch, in this process."""
+        return self.plain.__getitems__(indices.tolist() if isinstance(indices, torch.Tensor) else indices)
+
+
 class GatheringLoader(DataLoader[Any]):
     """A loader that replaces the row numbers of each batch by the rows, in the process that trains.
 
-    Lightning builds it anew from its attributes when it puts in a sampler, so ``gather`` is one.
+    Lightning builds it anew from its attributes when it puts in a sampler, so ``gather`` and ``aside`` are some.
+
+    Attributes:
+        drawn: Indices of the batch that was given last.
     """
 
-    def __init__(self, dataset: Any, *, gather: Gather, **settings: Any) -> None:
-        """Take the arguments of a ``DataLoader``, and the gathering function."""
+    def __init__(self, dataset: Any, *, gather: RowGatherer, aside: _Aside, **settings: Any) -> None:
+        """Take the arguments of a ``DataLoader``, and what gathers."""
         super().__init__(dataset, **settings)
         self.gather = gather
+        self.aside = aside
+        self.drawn: Any = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start an epoch now, not at its first batch: the base seed is drawn when a loader is asked for an iterator."""
-        return map(self.gather, super().__iter__())
+        self.gather.look()
+        if self.gather.aside:
+            return self.aside.epoch(self)
+        return map(self._serve, super().__iter__())
+
+    def _serve(self, batch: Batch) -> Batch:
+        self.drawn = batch.inputs.pop(INDICES)
+        return self.aside.batch(self.drawn) if self.gather.aside else self.gather(batch)
 
 
 def _index_batches(batches: Any) -> Iterator[Any]:
@@ -187,23 +238,39 @@ class MemoryLoader(DataLoader[Any]):
     Args:
         dataset: What gives the batch for a list of indices.
         gather: Replaces row numbers by rows.
+        aside: Reads samples instead when the cache steps aside.
         ahead: Batches that the workers of the user's loader pull ahead; 0 without workers.
         seeds_once: Whether these workers are persistent.
         settings: Sampler, batch size, batch sampler and generator, as a ``DataLoader`` takes them.
+
+    Attributes:
+        drawn: Indices of the batch that was given last.
     """
 
     def __init__(
-        self, dataset: BatchReader, *, gather: Gather, ahead: int = 0, seeds_once: bool = False, **settings: Any
+        self,
+        dataset: BatchReader,
+        *,
+        gather: RowGatherer,
+        aside: _Aside,
+        ahead: int = 0,
+        seeds_once: bool = False,
+        **settings: Any,
     ) -> None:
         """Keep the arguments as attributes, from which Lightning builds the loader anew."""
         super().__init__(dataset, **settings)
         self.gather = gather
+        self.aside = aside
+        self.drawn: Any = None
         self.ahead = ahead
         self.seeds_once = seeds_once
         self._seeded = False
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Start an epoch now: what is drawn at its start is drawn when the iterator is asked for."""
+        self.gather.look()
+        if self.gather.aside:
+            return self.aside.epoch(self)
         indices = _index_batches(self.batch_sampler)
         if not (self.seeds_once and self._seeded):
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
@@ -212,11 +279,30 @@ class MemoryLoader(DataLoader[Any]):
         return self._batches(indices, waiting)
 
     def _batches(self, indices: Iterator[Sequence[int]], waiting: deque[Sequence[int]]) -> Iterator[Batch]:
-        read, gather = self.dataset.__getitems__, self.gather  # type: ignore[attr-defined]
         if not self.ahead:
             for batch in indices:
-                yield gather(read(batch))
+                yield self._serve(batch)
         while waiting:
             batch = waiting.popleft()
             waiting.extend(islice(indices, 1))
-            yield gather(read(batch))
+            yield self._serve(batch)
+
+    def _serve(self, indices: Sequence[int]) -> Batch:
+        self.drawn = indices
+        if self.gather.aside:
+            return self.aside.batch(indices)
+        return self.gather(self.dataset.__getitems__(indices))  # type: ignore[attr-defined]
+
+
+def replace_rows(batch: Any, loaders: Sequence[Any], trainer: Trainer) -> None:
+    """Put what encoders take in the place of the rows of the batches that loaders gave last.
+
+    Args:
+        batch: What the combined loader gave, on the device of the trainer.
+        loaders: Its loaders.
+        trainer: Brings inputs where its model takes them.
+    """
+    for given, loader in zip(batches_in(batch), loaders, strict=True):
+        if isinstance(loader, MemoryLoader | GatheringLoader):
+            read = trainer.precision_plugin.convert_input(loader.aside.batch(loader.drawn))
+            given.inputs.update(trainer.strategy.batch_to_device(read).inputs)

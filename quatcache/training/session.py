@@ -9,35 +9,35 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
-from quatcache.data.batches import Batch, CachedColumns
+from quatcache.data.batches import BatchReader, CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder, identify
 from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.encoders.weights import to_device
-from quatcache.errors import LoaderError, StoreError
+from quatcache.errors import LoaderError, NotFrozenError, StoreError
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
+from quatcache.training.gathering import RowGatherer
 from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, refuse_transfer_hooks
 from quatcache.training.keying import KeyScheme
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
-from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader
+from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader, replace_rows
 from quatcache.training.opening import canary_for, open_rows
 from quatcache.training.placement import Placement, place_rows
 from quatcache.training.progress import fill_progress
-from quatcache.training.report import CacheReport, EncoderReport
+from quatcache.training.receipt import Receipt
+from quatcache.training.report import CacheReport
 from quatcache.training.sources import LoaderSources
 
 __all__ = ["CacheSession"]
@@ -84,7 +84,6 @@ class CacheSession:
             )
         self._fills: dict[str, EncoderFill] = {}
         self._frozen: dict[str, FrozenEncoder] = {}
-        self._stores: dict[str, RowStore] = {}
         self._columns: dict[int, CachedColumns] = {}
         self._kept: list[Any] = []  # datasets stay alive while their ids are keys
         self._known = 0
@@ -93,8 +92,8 @@ class CacheSession:
         self.sources = LoaderSources(trainer, self._convert)
         leave_to_ranks(module, self._real)
         self._quiet: list[Any] = []
-        self._served: Counter[str] = Counter()
-        self._epoch_start: tuple[float, Counter[str]] | None = None
+        self._gather = RowGatherer(self.look)
+        self.receipt = Receipt(trainer, self.report, self._gather)
         self._unwritable: StoreError | None = None
         self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
         if self._cached:
@@ -113,54 +112,67 @@ class CacheSession:
     def _convert(self, loader: Any, name: str) -> DataLoader[Any]:
         """Give the loader that takes the place of one of the user's."""
         checked = checked_loader(loader, name)
-        columns = None
-        if self._cached:
-            key = id(checked.dataset)
-            if key in self._handed_out and not self._datasets[key].still_holds():
-                del self._columns[key]  # a reload hook edited the dataset in place
-            self._index([(checked, name)])
-            columns = self._columns[key]
-            self._handed_out.add(key)
-        collates = {name: encoder.collate_fn() for name, encoder in self._real.items() if name not in self._cached}
-        converted = convert_loader(checked, collates, self._reader, columns, self._gather if self._cached else None)
+        if not self._cached or self._gather.aside:
+            return convert_loader(checked, self._collates(self._real), self._reader, None, None)
+        key = id(checked.dataset)
+        if key in self._handed_out and not self._datasets[key].still_holds():
+            del self._columns[key]  # a reload hook edited the dataset in place
+        self._index([(checked, name)])
+        self._handed_out.add(key)
+        others = self._collates([name for name in self._real if name not in self._cached])
+        plain = partial(self._plain_reader, checked.dataset)
+        converted = convert_loader(checked, others, self._reader, self._columns[key], self._gather, plain)
         if isinstance(converted, MemoryLoader):  # Lightning advises workers for it; it reads nothing they could read
             warnings.filterwarnings("ignore", message=f".*'{name.split()[0]}_dataloader' does not have many workers")
             self._quiet.append(warnings.filters[0])
         return converted
 
-    def _gather(self, batch: Batch) -> Batch:
-        inputs = dict(batch.inputs)
-        for name, store in self._stores.items():
-            rows = inputs[name]
-            self._served[name] += rows.numel()
-            inputs[name] = store.gather(rows)
-        return Batch(inputs, batch.targets)
+    def _collates(self, names: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], Any]]:
+        return {name: self._real[name].collate_fn() for name in names}
+
+    def _plain_reader(self, dataset: Any) -> BatchReader:
+        return BatchReader(dataset, self._collates(self._real), self._reader)
 
     def begin_epoch(self) -> None:
-        """Note when a training epoch starts."""
-        self._epoch_start = time.monotonic(), Counter(self._served)
+        """See that the encoders are still those that filled the cache, and note when a training epoch starts.
 
-    def end_epoch(self) -> None:
-        """Note what a training epoch took, its validation included."""
-        if self._epoch_start is None:
+        Raises:
+            NotFrozenError: The weights of one were changed.
+        """
+        if not self._gather.aside:
+            self.guard.check_unchanged()
+            self.receipt.begin_epoch()
+
+    def look(self, batch: Any = None) -> None:
+        """Step aside if an encoder was unfrozen since the last look.
+
+        Args:
+            batch: What the loaders gave for the step that follows; it gets what the real encoders take.
+
+        Raises:
+            NotFrozenError: An encoder was unfrozen under DDP, which was told to leave frozen encoders alone.
+        """
+        unfrozen = None if self._gather.aside else self.guard.unfrozen()
+        if unfrozen is None:
             return
-        started, served = self._epoch_start
-        self.report.epoch_seconds.append(time.monotonic() - started)
-        for name, report in self.report.encoders.items():
-            report.served += self._served[name] - served[name]
-        self._epoch_start = None
-
-    def log_report(self) -> None:
-        """Give the loggers of the trainer what the cache did."""
-        for trainer_logger in self._trainer.loggers if self.report.encoders else ():
-            trainer_logger.log_metrics(self.report.metrics(), step=self._trainer.global_step)
-
-    def show_report(self) -> None:
-        """Show what the cache did, where somebody looks."""
-        if self.report.encoders and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None:
-            console = Console(highlight=False)
-            console.print(self.report.table())
-            console.print(f"quatcache: {self.report.gain()}")
+        name, parameter = unfrozen
+        if self._trainer.world_size > 1:
+            raise NotFrozenError(
+                f"encoder {name!r} was unfrozen in the middle of a cached run on {self._trainer.world_size} processes "
+                f"(parameter {parameter!r}), which would not agree on its gradients; train the last epochs in a fit of "
+                "their own, with trainable = True."
+            )
+        logger.warning(
+            "Encoder %r was unfrozen (parameter %r): the cache steps aside, and training goes on with the encoder "
+            "itself and the samples that it reads.",
+            name,
+            parameter,
+        )
+        self._gather.aside = True
+        self._put_back()
+        if batch is None:
+            return
+        replace_rows(batch, self.sources.train_loaders(), self._trainer)
 
     def _index(self, loaders: list[tuple[DataLoader[Any], str]]) -> None:
         """Index the datasets that are not yet, encode what is missing, and put the rows where training wants them."""
@@ -186,8 +198,8 @@ class CacheSession:
                 placed[place] = place_rows(
                     name, encoder.store, asked, self._module.device, memory_map=self._config.memory_map
                 )
-            self._stores[name] = placed[place].store
-            self._note(encoder, placed[place])
+            self._gather.stores[name] = placed[place].store
+            self.report.encoders[name] = encoder.report(placed[place])
         self._datasets.update(fills)
         self._columns.update({key: fill.columns() for key, fill in fills.items()})
         self.guard.remember()
@@ -311,23 +323,6 @@ class CacheSession:
             )
         return self._frozen[name]
 
-    def _note(self, encoder: EncoderFill, placement: Placement) -> None:
-        counts, store = encoder.counts, encoder.store
-        self.report.encoders[encoder.name] = EncoderReport(
-            encoder.name,
-            placement.tier.name,
-            len(store),
-            store.nbytes,
-            counts.asked,
-            counts.computed,
-            counts.hits,
-            counts.duplicates,
-            str(store.directory) if isinstance(store, DiskStore) else None,
-            placement.reason,
-            0 if encoder.canary is None else encoder.canary.compared,
-            encoder.pace,
-        )
-
     def _swap(self) -> None:
         for name in self._cached:
             if not isinstance(self._encoders[name], CachedEncoder):
@@ -343,6 +338,9 @@ class CacheSession:
         for entry in self._quiet:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
+        self._put_back()
+
+    def _put_back(self) -> None:
         for name in self._cached:
             if isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = self._real[name].to(self._module.device)

@@ -119,6 +119,11 @@ class LoaderSources:
                 loaders += source.request()
         return loaders
 
+    def train_loaders(self) -> list[Any]:
+        """Give the converted loaders of the training loop, in their order."""
+        combined = self._trainer.fit_loop._combined_loader
+        return [] if combined is None else list(combined.flattened)
+
     def restore(self) -> None:
         """Put the user's sources back; and to the loops the user's loaders."""
         for loop, converted in self._replaced:

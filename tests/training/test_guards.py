@@ -11,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
-    BaseFinetuning,
     Callback,
     EarlyStopping,
     LearningRateFinder,
@@ -106,21 +105,6 @@ def test_a_warm_start_proves_the_encoder_frozen_as_well(tmp_path):
     thawed.linear.requires_grad_(True)
     with pytest.raises(NotFrozenError, match=r"linear\.weight"):
         fit(Model({"default": thawed}, CacheConfig(save_dir=tmp_path)), loader(vectors()))
-
-
-def test_unfreezing_in_the_middle_of_a_cached_run_is_noticed():
-    class Thaws(BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.encoders["default"])
-
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.encoders["default"], optimizer)
-
-    model = Model({"default": Linear()}, CacheConfig())
-    with pytest.raises(NotFrozenError, match=r"'default' was unfrozen .*'linear\.weight'"):
-        fit(model, loader(vectors()), callbacks=[Thaws()], max_epochs=3)
-    assert isinstance(model.encoders["default"], Linear)
 
 
 def test_weights_that_are_written_after_the_fill_are_noticed():

@@ -1,0 +1,57 @@
+"""What a run is told about its cache when it ends: measured epochs, logged and shown."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from rich.console import Console
+
+from quatcache.training.gathering import RowGatherer
+from quatcache.training.lightning import Trainer
+from quatcache.training.report import CacheReport
+
+__all__ = ["Receipt"]
+
+
+class Receipt:
+    """Measures epochs into a report, and gives the report to loggers and people.
+
+    Args:
+        trainer: The trainer of the run.
+        report: What is measured goes there.
+        gatherer: Counts the rows that are used.
+    """
+
+    def __init__(self, trainer: Trainer, report: CacheReport, gatherer: RowGatherer) -> None:
+        """Measure nothing yet."""
+        self._trainer = trainer
+        self._report = report
+        self._gatherer = gatherer
+        self._start: tuple[float, Counter[str]] | None = None
+
+    def begin_epoch(self) -> None:
+        """Note when a training epoch starts."""
+        self._start = time.monotonic(), Counter(self._gatherer.served)
+
+    def end_epoch(self) -> None:
+        """Note what a training epoch took, its validation included; unless the cache stepped aside in it."""
+        if self._start is None or self._gatherer.aside:
+            return
+        started, served = self._start
+        self._report.epoch_seconds.append(time.monotonic() - started)
+        for name, report in self._report.encoders.items():
+            report.served += self._gatherer.served[name] - served[name]
+        self._start = None
+
+    def log(self) -> None:
+        """Give the loggers of the trainer what the cache did."""
+        for logger in self._trainer.loggers if self._report.encoders else ():
+            logger.log_metrics(self._report.metrics(), step=self._trainer.global_step)
+
+    def show(self) -> None:
+        """Show what the cache did, where somebody looks."""
+        if self._report.encoders and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None:
+            console = Console(highlight=False)
+            console.print(self._report.table())
+            console.print(f"quatcache: {self._report.gain()}")
