@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.store.disk import DiskStore
-from quatcache.store.files import FILL_LOCK
+from quatcache.store.files import FILL_LOCK, TEMPORARY
 from quatcache.store.manifest import Manifest
 from quatcache.store.tables import DatasetTable, read_tables, write_table
 
@@ -156,14 +157,17 @@ class CacheDirectory:
         Raises:
             StoreError: The directory cannot be written, told before anything is computed.
         """
-        if self.path.exists() and not self.path.is_dir():
+        if self.path.is_file():
             raise StoreError(f"save_dir {self.path} is a file; name a directory.")
-        if not (self.path / "encoders").exists() and self.path.exists() and any(self.path.iterdir()):
-            logger.info("save_dir %s holds other files; encoders/ and datasets/ are put beside them.", self.path)
+        with suppress(OSError):  # what cannot be listed can perhaps be written, and if not, that is told below
+            if not (self.path / "encoders").exists() and any(self.path.iterdir()):
+                logger.info("save_dir %s holds other files; encoders/ and datasets/ are put beside them.", self.path)
         with ExitStack() as held:
             for directory in sorted({store.directory for store in stores}):  # one order for all: no two wait in a ring
                 try:
                     directory.mkdir(parents=True, exist_ok=True)
+                    with TemporaryFile(dir=directory, prefix=TEMPORARY):  # the lock file may be there, and be writable
+                        pass
                     lock = FileLock(directory / FILL_LOCK)
                     self._acquire(lock, directory)
                 except OSError as error:

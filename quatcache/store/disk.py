@@ -146,27 +146,26 @@ class DiskStore:
         for entry in manifest.shards:
             if entry.file in self._opened | self._refused:
                 continue
-            if not (self.directory / entry.file).exists() and read_manifest(self.directory, manifest) != manifest:
-                return self.refresh() or len(self._opened) > before  # packed into another shard just now
-            self._open(entry)
+            try:
+                self._open(entry)
+            except FormatError as error:
+                if not (self.directory / entry.file).exists() and read_manifest(self.directory, manifest) != manifest:
+                    return self.refresh() or len(self._opened) > before  # packed into another shard just now
+                self._refused.add(entry.file)
+                logger.warning("%s", error)
         return len(self._opened) > before
 
     def _open(self, entry: ShardEntry) -> None:
         kind = self.manifest.kind
         assert kind is not None  # a manifest with shards names it
-        try:
-            keys, rows, repacked = open_shard(
-                self.directory,
-                entry,
-                self.manifest.digest,
-                kind,
-                verify_checksum=self._verify_checksums,
-                memory_map=self._memory_map,
-            )
-        except FormatError as error:
-            self._refused.add(entry.file)
-            logger.warning("%s", error)
-            return
+        keys, rows, repacked = open_shard(
+            self.directory,
+            entry,
+            self.manifest.digest,
+            kind,
+            verify_checksum=self._verify_checksums,
+            memory_map=self._memory_map,
+        )
         self._opened.add(entry.file)
         if not (repacked and (self._index.find(keys) >= 0).all()):  # else its rows are here, in the shards it replaced
             self._attach(keys, rows)
@@ -265,10 +264,7 @@ class DiskStore:
         if not self._pending_keys:
             return
         if self._committed and not self.directory.is_dir():
-            raise StoreError(
-                f"{self.directory} disappeared while rows were being written to it; bring it back, or choose another "
-                "save_dir, and run again: what was committed is found where it is."
-            )
+            raise self._disappeared()
         keys, rows, given_dtype = np.concatenate(self._pending_keys), self._pending.rows, self._pending.given_dtype
         assert given_dtype is not None
         kind = RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
@@ -277,13 +273,22 @@ class DiskStore:
             entry = write_shard(self.directory, self.manifest.digest, keys, rows, given_dtype)
             self.manifest = current.with_shard(entry, kind)
             self.manifest.write(self.directory)
-        _, mapped, _ = open_shard(self.directory, entry, self.manifest.digest, kind, verify_checksum=False)
+        try:
+            _, mapped, _ = open_shard(self.directory, entry, self.manifest.digest, kind, verify_checksum=False)
+        except FormatError as error:
+            raise self._disappeared() from error
         self._starts.append(self._committed)
         self._shards.append(mapped)
         self._opened.add(entry.file)
         self._committed += len(keys)
         self._pending.clear()
         self._pending_keys = []
+
+    def _disappeared(self) -> StoreError:
+        return StoreError(
+            f"{self.directory} disappeared while rows were being written to it; bring it back, or choose another "
+            "save_dir, and run again: what was committed is found where it is."
+        )
 
     def compact(self) -> None:
         """Pack runs of small shards into big ones; rows and their numbers stay.

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,8 @@ __all__ = [
     "DTYPES",
     "FILL_LOCK",
     "MANIFEST_LOCK",
+    "TEMPORARY",
+    "Written",
     "checksum",
     "content_digest",
     "is_temporary",
@@ -51,12 +53,14 @@ DTYPES: dict[str, torch.dtype] = {
 MANIFEST_LOCK = ".manifest.lock"
 FILL_LOCK = ".fill.lock"
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+
+Result = TypeVar("Result")
 
 
 def is_temporary(name: str) -> bool:
     """Say whether a file name is that of a file being written, or left behind by a process that died."""
-    return name.startswith(_TEMPORARY)
+    return name.startswith(TEMPORARY)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -69,16 +73,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+class Written(NamedTuple):
+    """A file that was written.
+
+    Attributes:
+        bytes: Its size.
+        xxh3: What :func:`checksum` gives for it if it holds what it should.
+    """
+
+    bytes: int
+    xxh3: str
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Written:
     """Write a safetensors file atomically.
 
     Args:
         path: Where; the directory is made if need be.
         tensors: Tensors on any device; they need not be contiguous, and may share memory.
         metadata: Strings for the header.
-
-    Returns:
-        What :func:`checksum` gives for the file if it holds what it should.
 
     Raises:
         StoreError: The file cannot be written.
@@ -90,8 +105,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         place = whole.untyped_storage().data_ptr()
         plain[name] = whole.clone() if place in storages else whole  # safetensors refuses tensors that share memory
         storages.add(place)
-    _replace(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
-    return _expected_checksum(path, plain)
+
+    def write(temporary: Path) -> Written:
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+        return Written(temporary.stat().st_size, _expected_checksum(temporary, plain))
+
+    return _replace(path, write)
 
 
 def _expected_checksum(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -106,17 +125,18 @@ def _expected_checksum(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+def _replace(path: Path, write: Callable[[Path], Result]) -> Result:
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody but the owner read
-        write(temporary)
+        result = write(temporary)
         temporary.chmod(mode)
         _flush(temporary, os.O_RDWR)
         temporary.replace(path)
         _flush(path.parent, os.O_RDONLY)
+        return result
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         with suppress(OSError):  # a read-only file system refuses even to unlink what does not exist
             temporary.unlink()
@@ -194,9 +214,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def checksum(path: Path) -> str:
-    """Hash the bytes of a file: 32 hex characters of xxh3_128, at several GB/s."""
+    """Hash the bytes of a file: 32 hex characters of xxh3_128, at several GB/s.
+
+    Raises:
+        FormatError: The file is missing.
+        StoreError: It cannot be read.
+    """
     digest, block = xxh3_128(), memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
+    with _reading(path), path.open("rb", buffering=0) as file:
         while size := file.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
@@ -234,7 +259,7 @@ def read_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[st
 
 
 @contextmanager
-def _reading(path: Path, expected_bytes: int | None) -> Iterator[None]:
+def _reading(path: Path, expected_bytes: int | None = None) -> Iterator[None]:
     """Compare the size of a file, and turn what goes wrong while it is read into errors that name it."""
     try:
         size = path.stat().st_size
@@ -242,7 +267,8 @@ def _reading(path: Path, expected_bytes: int | None) -> Iterator[None]:
             raise FormatError(
                 f"{path} has {size} bytes instead of {expected_bytes}; delete it, and its rows are encoded again."
             )
-        yield
+        with path.open("rb"):  # safetensors takes whatever goes wrong for a missing file
+            yield
     except FileNotFoundError as error:
         raise FormatError(f"{path} is missing; its rows are encoded again if the rest of the cache is kept.") from error
     except FormatError:

@@ -94,7 +94,7 @@ def write_shard(
     if repacked:
         about["repacked"] = "true"
     written = write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
-    return ShardEntry(path.name, len(keys), path.stat().st_size, written)
+    return ShardEntry(path.name, len(keys), written.bytes, written.xxh3)
 
 
 def open_shard(
