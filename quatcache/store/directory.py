@@ -81,6 +81,7 @@ class CacheDirectory:
         self.path = Path(path).expanduser().absolute()  # a later chdir must not move it
         self._verify_checksums = verify_checksums
         self._memory_map = memory_map
+        self._damaged: set[Path] = set()  # index tables
 
     def store(
         self,
@@ -129,14 +130,17 @@ class CacheDirectory:
 
     def tables(self, encoders: Sequence[str]) -> Iterator[DatasetTable]:
         """Give the index tables that know all these encoders, newest first."""
-        return read_tables(self.path / "datasets", encoders)
+        return read_tables(self.path / "datasets", encoders, self._damaged)
 
     def write_table(self, table: DatasetTable) -> Path:
-        """Keep the index table of a dataset.
+        """Keep the index table of a dataset, and remove tables that were found damaged.
 
         Raises:
             StoreError: The directory cannot be written.
         """
+        while self._damaged:  # else they would be told of at each start, for ever
+            with suppress(OSError):
+                self._damaged.pop().unlink()
         return write_table(self.path / "datasets", table)
 
     def mark_used(self, table: DatasetTable) -> None:

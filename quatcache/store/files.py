@@ -264,7 +264,7 @@ def _reading(path: Path, expected_bytes: int | None = None) -> Iterator[None]:
     try:
         size = path.stat().st_size
         if expected_bytes is not None and size != expected_bytes:
-            raise FormatError(
+            raise DamagedFileError(
                 f"{path} has {size} bytes instead of {expected_bytes}; delete it, and its rows are encoded again."
             )
         with path.open("rb"):  # safetensors takes whatever goes wrong for a missing file
@@ -274,7 +274,7 @@ def _reading(path: Path, expected_bytes: int | None = None) -> Iterator[None]:
     except FormatError:
         raise
     except (SafetensorError, ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
-        raise FormatError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
+        raise DamagedFileError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
     except OSError as error:
         raise StoreError(
             f"cannot read {path}: {_reason(error)}; permit reading it, or use another save_dir."

@@ -132,6 +132,9 @@ def open_shard(
     keys, rows = _keys_and_rows(path, tensors)
     if len(keys) != entry.rows:
         raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
+    given, expected = about.get("given_dtype"), _name(kind.given_dtype)
+    if given != expected:
+        raise FormatError(f"{path} gives rows as {given} instead of {expected}; it is encoded again.")
     if (tuple(rows.shape[1:]), rows.dtype) != (kind.row_shape, kind.dtype):
         raise FormatError(
             f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape[1:])} instead of {kind.dtype} rows of shape "

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quatcache.errors import FormatError, StoreError
+from quatcache.errors import DamagedFileError, FormatError, StoreError
 from quatcache.keys import KeyArray
 from quatcache.store.files import content_digest, open_tensors, write_tensors
 
@@ -83,20 +83,28 @@ def write_table(directory: Path, table: DatasetTable) -> Path:
     return path
 
 
-def read_tables(directory: Path, encoders: Sequence[str]) -> Iterator[DatasetTable]:
-    """Give the tables that know all these encoders, newest first; a damaged one is passed over with a warning."""
+def read_tables(directory: Path, encoders: Sequence[str], damaged: set[Path]) -> Iterator[DatasetTable]:
+    """Give the tables that know all these encoders, newest first.
+
+    Args:
+        directory: Where they are.
+        encoders: Names of encoders.
+        damaged: Tables to pass over; a damaged one is told in a warning, and put here.
+    """
     if not directory.is_dir():
         return
     ages = {}
     for path in directory.iterdir():
         with suppress(FileNotFoundError):  # deleted meanwhile
-            if is_table_name(path.name):  # another process may be writing one, under a temporary name
+            if is_table_name(path.name) and path not in damaged:  # others are being written, under temporary names
                 ages[path] = path.stat().st_mtime_ns
     for path in sorted(ages, key=lambda path: ages[path], reverse=True):
         try:
             table = read_table(path)
         except (FormatError, StoreError) as error:
             logger.warning("%s The dataset is read again.", error)
+            if isinstance(error, DamagedFileError):
+                damaged.add(path)
             continue
         if set(encoders) <= set(table.keys):
             yield table
@@ -111,7 +119,8 @@ def read_table(path: Path) -> DatasetTable:
     """Read one table, and compare its content with its name.
 
     Raises:
-        FormatError: It is damaged, or of a newer version.
+        DamagedFileError: It is not what was written.
+        FormatError: It is missing, or of a newer version.
         StoreError: It cannot be read.
     """
     tensors, metadata = open_tensors(path)
@@ -120,7 +129,7 @@ def read_table(path: Path) -> DatasetTable:
         if about["version"] > TABLE_VERSION:
             raise FormatError(f"{path} has version {about['version']}, this quatcache reads up to {TABLE_VERSION}.")
         if content_digest(about, tensors) != path.stem:
-            raise FormatError(f"{path} is damaged: its content does not hash to its name.")
+            raise DamagedFileError(f"{path} is damaged: its content does not hash to its name.")
         keys = {str(name): tensors[f"keys.{place}"].numpy() for place, name in enumerate(about["encoders"])}
         count = about["targets"]
         targets = None if count is None else tuple(tensors[f"target.{place}"] for place in range(count))
@@ -129,7 +138,7 @@ def read_table(path: Path) -> DatasetTable:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        raise DamagedFileError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 
 
 def _check_sizes(samples: object, keys: Mapping[str, KeyArray], targets: tuple[torch.Tensor, ...] | None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from quatcache.errors import StoreError
 from quatcache.keys import content_keys
+from quatcache.store import CacheDirectory
 from quatcache.store.files import content_digest, write_tensors
 from quatcache.store.tables import DatasetTable, read_tables, write_table
 
@@ -24,7 +25,7 @@ def table(*names, targets=True, encoders=("text",), width=1):
 
 
 def read(directory, encoders=("text",)):
-    return list(read_tables(directory, encoders))
+    return list(read_tables(directory, encoders, set()))
 
 
 def assert_same(one, other):
@@ -183,7 +184,7 @@ def test_crafted_table_without_fault_is_read(tmp_path):
 )
 def test_crafted_table_with_a_fault_is_passed_over(tmp_path, caplog, tensors, about):
     craft(tmp_path, tensors, **about)
-    assert list(read_tables(tmp_path, ())) == []
+    assert list(read_tables(tmp_path, (), set())) == []
     assert len(caplog.records) == 1
 
 
@@ -192,7 +193,7 @@ def test_crafted_table_with_a_fault_is_passed_over(tmp_path, caplog, tensors, ab
 )
 def test_metadata_that_describes_no_table_is_passed_over(tmp_path, caplog, text):
     write_tensors(tmp_path / f"{'0' * 32}.safetensors", {"keys.0": KEYS}, {"quatcache": text})
-    assert list(read_tables(tmp_path, ())) == []
+    assert list(read_tables(tmp_path, (), set())) == []
     assert len(caplog.records) == 1
 
 
@@ -206,7 +207,7 @@ def test_temporary_files_of_other_writers_are_not_tables(tmp_path, caplog):
 def test_table_that_vanishes_meanwhile_is_passed_over(tmp_path):
     for name in "ab":
         write_table(tmp_path, table(name))
-    tables = read_tables(tmp_path, ("text",))
+    tables = read_tables(tmp_path, ("text",), set())
     next(tables)
     for path in tmp_path.iterdir():
         path.unlink()
@@ -217,3 +218,18 @@ def test_unwritable_directory_is_a_store_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         write_table(tmp_path / "taken", table("a"))
+
+
+def test_damaged_table_is_told_once_and_removed_with_the_next_that_is_written(tmp_path, caplog):
+    directory = CacheDirectory(tmp_path)
+    (tmp_path / "datasets").mkdir()
+    forged = tmp_path / "datasets" / f"{'0' * 32}.safetensors"
+    forged.write_bytes(b"no table")
+    newer = tmp_path / "datasets" / f"{'1' * 32}.safetensors"
+    write_tensors(newer, {}, {"quatcache": json.dumps({"version": 2})})
+    for _ in range(2):
+        assert list(directory.tables(["text"])) == []
+    assert [forged.name in text for text in caplog.messages] == [True, False, False]
+    assert forged.exists(), "looking removes nothing"
+    directory.write_table(table("a", "b"))
+    assert not forged.exists() and newer.exists()
