@@ -1,19 +1,21 @@
-"""Run the benchmarks: ``python -m benchmarks [--only mlp linear demo] [--rounds 5] [--rows 200000] [--json FILE]``.
+"""Run the benchmarks: ``python -m benchmarks [--only mlp linear store demo] [--rounds 5] [--rows N] [--json FILE]``.
 
 Each contender runs in a process of its own, one thread, in rounds that take turns, so that a slow minute of the machine
 falls on all of them alike. A process gives its fastest epoch after a warm-up, since what disturbs an epoch can only
 slow it down; of the rounds the median counts. Before the first time is taken, the losses of all contenders are compared
 step by step.
+
+``store`` stands for the figures of the store, see ``benchmarks.store``; their sizes are their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.process import one_process
 from benchmarks.report import Bar, print_bars, write_json
+from benchmarks.store import FULL, bench_store
 
 EPOCHS = 4  # a warm-up and three that count
 CHECK_ROWS, CHECK_EPOCHS = 20_000, 2
@@ -30,14 +34,7 @@ CONTENDERS = {
     "mlp": ("raw", "lean", "lean-logged", "tensor-dataset", "quatcache"),
     "linear": ("raw", "lean", "lean-logged", "tensor-dataset", "quatcache", "quatcache-unlogged"),
 }
-
-
-def one_process(*arguments: str) -> Any:
-    """Run ``benchmarks.run_one`` with one thread and return the JSON of its last line."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "benchmarks.run_one", *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+GROUPS = [*CONTENDERS, "store", "demo"]
 
 
 def check_losses(shape: str, console: Console) -> float:
@@ -50,7 +47,9 @@ def check_losses(shape: str, console: Console) -> float:
         SystemExit: Two contenders differ: their times would compare different work.
     """
     losses = {
-        contender: one_process(shape, contender, "--rows", str(CHECK_ROWS), "--epochs", str(CHECK_EPOCHS), "--losses")
+        contender: one_process(
+            "run_one", shape, contender, "--rows", str(CHECK_ROWS), "--epochs", str(CHECK_EPOCHS), "--losses"
+        )
         for contender in CONTENDERS[shape]
     }
     reference = losses["raw"]
@@ -78,7 +77,7 @@ def bench_epochs(shape: str, rows: int, rounds: int, console: Console) -> tuple[
     seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS[shape]}
     for turn in range(rounds):
         for contender in seconds:
-            epochs = one_process(shape, contender, "--rows", str(rows), "--epochs", str(EPOCHS))
+            epochs = one_process("run_one", shape, contender, "--rows", str(rows), "--epochs", str(EPOCHS))
             seconds[contender].append(min(epochs))
         latest = ", ".join(f"{contender} {times[-1]:.2f} s" for contender, times in seconds.items())
         console.print(f"{shape}, round {turn + 1} of {rounds}: {latest}", highlight=False, soft_wrap=True)
@@ -153,7 +152,7 @@ def bench_demo(console: Console) -> tuple[dict[str, Any], list[Bar]]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, "demo"], default=[*CONTENDERS, "demo"])
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--json", type=Path, default=None)
@@ -165,6 +164,8 @@ def main() -> None:
     for name in arguments.only:
         if name == "demo":
             results[name], found = bench_demo(console)
+        elif name == "store":
+            results[name], found = bench_store(replace(FULL, rounds=arguments.rounds), console)
         else:
             results[name], found = bench_epochs(name, arguments.rows, arguments.rounds, console)
         bars += found

@@ -39,6 +39,9 @@ KeyArray = npt.NDArray[np.int64]
 
 _CONTENT, _TEXT, _EXTRACTED, _INDEX = b"c", b"t", b"e", b"i"
 
+_BLOCK = 1 << 16
+"""Keys looked up at once: what a look-up takes beside its answer stays at a few megabytes."""
+
 
 def content_keys(items: Sequence[Any]) -> KeyArray:
     """Hash what each item contains.
@@ -197,7 +200,8 @@ class KeyIndex:
     """Finds the row of each key, vectorised; grows by sorted segments that are merged as they double.
 
     A key may be added again: its latest row is the one that is found. Adding N keys one batch at a time costs
-    O(N log N) in all, and a look-up O(log N) for each of at most log N segments.
+    O(N log N) in all, and a look-up O(log N) for each of at most log N segments. What is added is sorted when the next
+    look-up needs it: a fill puts many batches between two look-ups.
 
     Example:
         >>> index = KeyIndex()
@@ -209,6 +213,7 @@ class KeyIndex:
     def __init__(self) -> None:
         """Start empty."""
         self._segments: list[_Segment] = []
+        self._added: list[tuple[KeyArray, npt.NDArray[np.int64]]] = []
 
     def __len__(self) -> int:
         """Count the distinct keys."""
@@ -217,14 +222,17 @@ class KeyIndex:
 
     def find(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row of each key, shape ``(N,)`` int64, and -1 where a key is absent."""
+        self._sort_added()
         rows = np.full(len(keys), -1, np.int64)
-        missing = np.arange(len(keys))
-        for segment in reversed(self._segments):  # newest first: a row added again hides the older one
-            if not len(missing):
-                break
-            found = segment.find(keys[missing])
-            rows[missing] = found
-            missing = missing[found < 0]
+        for start in range(0, len(keys), _BLOCK):
+            part = keys[start : start + _BLOCK]
+            missing = np.arange(len(part))
+            for segment in reversed(self._segments):  # newest first: a row added again hides the older one
+                if not len(missing):
+                    break
+                found = segment.find(part[missing])
+                rows[start + missing] = found
+                missing = missing[found < 0]
         return rows
 
     def items(self) -> tuple[KeyArray, npt.NDArray[np.int64]]:
@@ -237,13 +245,20 @@ class KeyIndex:
 
     def add(self, keys: KeyArray, rows: npt.NDArray[np.int64]) -> None:
         """Add keys with their rows, both of length N; of equal keys the last counts."""
-        if not len(keys):
+        if len(keys):
+            self._added.append((keys, np.asarray(rows, np.int64)))
+
+    def _sort_added(self) -> None:
+        if not self._added:
             return
-        self._segments.append(_Segment.of(keys, np.asarray(rows, np.int64)))
+        keys, rows = zip(*self._added, strict=True)
+        self._added = []
+        self._segments.append(_Segment.of(np.concatenate(keys), np.concatenate(rows)))
         while len(self._segments) > 1 and len(self._segments[-2].rows) <= 2 * len(self._segments[-1].rows):
             self._merge_last()
 
     def _merge_all(self) -> None:
+        self._sort_added()
         while len(self._segments) > 1:
             self._merge_last()
 

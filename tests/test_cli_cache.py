@@ -460,7 +460,8 @@ def test_unknown_options_and_commands_are_refused(tmp_path, capsys):
 def test_module_runs_as_the_program_does_and_a_reader_that_has_enough_is_no_error(tmp_path):
     store_rows(tmp_path)
     command = [sys.executable, "-m", "quatcache.cli", "cache", "inspect", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    unfolded = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env=unfolded)
     assert "1 store, 0 datasets" in done.stdout
     reading, writing = os.pipe()
     os.close(reading)

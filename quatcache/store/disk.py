@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from quatcache.errors import FormatError, StoreError
-from quatcache.keys import KeyArray, KeyIndex
+from quatcache.keys import KeyArray, KeyIndex, distinct
 from quatcache.store.buffer import RowBuffer, assemble_rows
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
@@ -239,11 +239,6 @@ class DiskStore:
         if not self._pending_keys:
             self._last_commit = self._time()
         rows = self._pending.checked(values.cpu())
-        waiting = self._index.find(keys) - self._committed  # at least 0 for a key whose row is not committed yet
-        again = waiting >= 0
-        if again.any():
-            self._pending.replace(torch.from_numpy(waiting[again]), rows[torch.from_numpy(again)])
-            keys, rows = keys[~again], rows[torch.from_numpy(~again)]
         self._index.add(keys, self._committed + len(self._pending) + np.arange(len(keys)))
         self._pending.append(rows)
         self._pending_keys.append(keys)
@@ -267,6 +262,11 @@ class DiskStore:
             raise self._disappeared()
         keys, rows, given_dtype = np.concatenate(self._pending_keys), self._pending.rows, self._pending.given_dtype
         assert given_dtype is not None
+        pending = len(keys)
+        first = np.sort(keys[:, 0])
+        if (first[1:] == first[:-1]).any():  # a key was put again: its last row counts
+            latest = np.sort(pending - 1 - distinct(keys[::-1])[0])
+            keys, rows = keys[latest], rows[torch.from_numpy(latest)]
         kind = RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
         with locked(self.directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
             current = sure_manifest(self.directory, self.manifest).without(self._refused)
@@ -278,9 +278,10 @@ class DiskStore:
         except FormatError as error:
             raise self._disappeared() from error
         self._starts.append(self._committed)
-        self._shards.append(mapped)
+        # a row that was put again is not in the file, but its number was given out
+        self._shards.append(mapped if len(mapped) == pending else self._pending.rows.clone())
         self._opened.add(entry.file)
-        self._committed += len(keys)
+        self._committed += pending
         self._pending.clear()
         self._pending_keys = []
 

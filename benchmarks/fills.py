@@ -1,0 +1,127 @@
+"""A fit whose encoder costs next to nothing: what is left is the cache."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.anonymous import Peak
+from benchmarks.rows import ENCODER, WIDTH, check_rows, text_of
+from quatcache import CacheConfig, CacheType, Encoder, TrainableModel
+from quatcache.training.lightning import Callback, LightningModule, Trainer
+
+__all__ = ["cheap_fit"]
+
+
+class Texts(Dataset[tuple[str, int]]):
+    """A dataset of any length that takes no memory."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return text_of(index), index % 2
+
+
+class CheapEncoder(Encoder):
+    """Gives the rows above at next to no cost, but with other noise."""
+
+    trainable = False
+    embedding_size = WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("noise", torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)))
+
+    def collate(self, items: Any) -> Tensor:
+        """Read the number at the end of each text."""
+        return torch.tensor([int(item[5:]) for item in items])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Give rows ``(B, 384)``."""
+        rows = self.noise.repeat(len(inputs), 1)
+        rows[:, 0] = inputs
+        return rows
+
+
+class CheapModel(TrainableModel):
+    """A linear head on the cheap encoder, cached on disk."""
+
+    def __init__(self, folder: Path, batch_size: int, checksums: bool = True) -> None:
+        super().__init__()
+        self.config = CacheConfig(
+            CacheType.DISK, batch_size=batch_size, save_dir=folder, checksums=checksums, labels=True
+        )
+
+    def configure_encoders(self) -> Encoder:
+        """Return the encoder."""
+        return CheapEncoder()
+
+    def configure_head(self, input_embedding_size: int) -> nn.Module:
+        """Return a linear head."""
+        return nn.Linear(input_embedding_size, 2)
+
+    def configure_loss(self) -> nn.Module:
+        """Return a loss on groups."""
+        return nn.CrossEntropyLoss()
+
+    def configure_caches(self) -> CacheConfig:
+        """Return the config."""
+        return self.config
+
+
+class FirstStep(Callback):
+    """Notes when the first training step is about to compute."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the time, once, and check that the rows are those of their items: labels tell odd from even."""
+        if not self.at:
+            self.at = time.perf_counter()
+            rows = batch.inputs[ENCODER]
+            check_rows(rows, rows[:, 0])
+            if not torch.equal(rows[:, 0].long() % 2, batch.targets[0]):
+                raise SystemExit("rows do not go with their labels; no figure is given")
+
+
+def cheap_fit(folder: Path, rows: int, batch_size: int, checksums: bool = True) -> dict[str, Any]:
+    """Fit for a few steps on tier DISK.
+
+    Args:
+        folder: Where the rows persist.
+        rows: Samples of the dataset.
+        batch_size: In the fill and in training.
+        checksums: Whether they are compared when a cache is opened.
+
+    Returns:
+        Seconds to the first step and of the fill, items encoded, and bytes of anonymous memory.
+    """
+    first = FirstStep()
+    with Peak() as memory:
+        model = CheapModel(folder, batch_size, checksums)
+        loader = DataLoader(Texts(rows), batch_size=batch_size, shuffle=True)
+        trainer = Trainer(
+            accelerator="cpu", max_steps=3, callbacks=[first], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        started = time.perf_counter()
+        trainer.fit(model, loader)
+    report = model.cache_callback.report
+    assert report.encoders[ENCODER].tier == "DISK"
+    return {
+        "first_step_seconds": first.at - started,
+        "fill_seconds": report.fill_seconds,
+        "encoded": report.encoded,
+        "anonymous_left": memory.left,
+        "anonymous_highest": memory.highest,
+    }

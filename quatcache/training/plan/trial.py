@@ -1,0 +1,136 @@
+"""What an encoder costs, measured on a sample of items that are really read and encoded.
+
+The sample goes through what fills a cache, into a store that is thrown away; and once more through the encoder in the
+batches of an uncached epoch: unsorted, in the size of the user's loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from quatcache.keys import KeyArray
+from quatcache.read_through import Counts
+from quatcache.store import TensorStore
+from quatcache.training.fill import WINDOW, EncoderFill
+from quatcache.training.keying import Chunk
+from quatcache.training.plan.counting import KeysOf, random_parts
+
+__all__ = ["Timed", "read_sample_chunks", "time_encoder"]
+
+Advance = Callable[[int], None]
+"""Told how many items were encoded."""
+
+WARM_UP = 8
+"""Items encoded before the clock starts: the first batch is encoded twice, and libraries set themselves up."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What encoding costs, in seconds per item.
+
+    Attributes:
+        fill: In a fill.
+        uncached: In the batches of an uncached epoch.
+        cached: Of gathering a stored row.
+        row_shape: Shape of one row.
+        given_dtype: Dtype that the encoder gives.
+        stored_dtype: Dtype that is stored.
+    """
+
+    fill: float
+    uncached: float
+    cached: float
+    row_shape: tuple[int, ...]
+    given_dtype: torch.dtype
+    stored_dtype: torch.dtype
+
+
+class _ThrownAway(TensorStore):
+    """A store for a trial: it tells a progress bar of each batch."""
+
+    def __init__(self, dtype: torch.dtype | None, advance: Advance) -> None:
+        super().__init__(dtype=dtype)
+        self._advance = advance
+
+    def put_many(self, keys: KeyArray, values: torch.Tensor) -> None:
+        super().put_many(keys, values)
+        self._advance(len(keys))
+
+
+def time_encoder(
+    planned: EncoderFill,
+    chunks: Sequence[tuple[Chunk, int]],
+    batch_size: int,
+    dtype: torch.dtype | None,
+    advance: Advance,
+    time_func: Callable[[], float],
+) -> Timed:
+    """Encode a sample in both ways.
+
+    Args:
+        planned: The encoder; its store is left alone.
+        chunks: The sample, each chunk with the batch size of the loader of its dataset.
+        batch_size: Upper bound of items per encoder call in a fill.
+        dtype: Storage dtype; None: as the encoder gives it.
+        advance: Told of each batch.
+        time_func: Clock in seconds.
+    """
+    frozen = planned.frozen()
+    frozen.encode(chunks[0][0].items[:WARM_UP])
+    store = _ThrownAway(dtype, advance)
+    fill = replace(planned, store=store, frozen=lambda: frozen, counts=Counts(), extracted=None, canary=None)
+    items = sum(len(chunk.items) for chunk, _ in chunks)
+
+    started = time_func()
+    for chunk, _ in chunks:
+        fill.fill(chunk, batch_size)
+    filled = time_func() - started
+    advance(items - fill.counts.computed)
+
+    started = time_func()
+    for chunk, size in chunks:
+        step = size * len(chunk.items) // len(chunk.indices)
+        for start in range(0, len(chunk.items), step):
+            batch = chunk.items[start : start + step]
+            frozen.encode(batch)
+            advance(len(batch))
+    uncached = time_func() - started
+
+    started = time_func()
+    for chunk, size in chunks:
+        for rows in torch.split(torch.from_numpy(store.rows_of(chunk.keys[planned.name].reshape(-1, 2))), size):
+            store.gather(rows)
+    cached = time_func() - started
+    assert store.row_shape is not None and store.given_dtype is not None
+    return Timed(
+        filled / fill.counts.computed,
+        uncached / items,
+        cached / items,
+        store.row_shape,
+        store.given_dtype,
+        store.rows.dtype,
+    )
+
+
+def read_sample_chunks(datasets: Sequence[KeysOf], sample: int, batch_size: int) -> list[tuple[Chunk, int]]:
+    """Read a random sample of all datasets, in chunks as a fill reads them.
+
+    Args:
+        datasets: The datasets, with the epochs of their loaders.
+        sample: How many samples in all, at most as many as there are.
+        batch_size: Upper bound of items per encoder call in a fill.
+
+    Returns:
+        Chunks, each with the batch size of the loader of its dataset.
+    """
+    sizes = [len(data.fill.dataset) for data in datasets]
+    chunks = []
+    for place, indices in random_parts(sizes, sample, sample):
+        data = datasets[place]
+        for start in range(0, len(indices), batch_size * WINDOW):
+            chunk = data.fill.chunk_reader.__getitems__(indices[start : start + batch_size * WINDOW].tolist())
+            chunks.append((chunk, data.epochs[0].batch_size))
+    return chunks
