@@ -147,7 +147,7 @@ class CacheDirectory:
         """Leave a note that a table was of use now, where that is permitted: pruning goes by it."""
         if table.file is not None:
             with suppress(OSError):
-                table.file.touch()
+                os.utime(table.file)
 
     @contextmanager
     def filling(self, stores: Sequence[DiskStore]) -> Iterator[None]:

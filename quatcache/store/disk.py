@@ -91,6 +91,7 @@ class DiskStore:
         """Read the manifest and the keys of every shard; rows are read when they are asked for."""
         self.directory = directory
         self.manifest = Manifest(digest, dict(facts or {}), dict(environment or {}))
+        self._environment = self.manifest.environment
         self._dtype = dtype
         self._shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
         self._commit_seconds = COMMIT_SECONDS if commit_seconds is None else commit_seconds
@@ -167,7 +168,10 @@ class DiskStore:
             memory_map=self._memory_map,
         )
         self._opened.add(entry.file)
-        if not (repacked and (self._index.find(keys) >= 0).all()):  # else its rows are here, in the shards it replaced
+        if repacked:  # most of its rows are here already, in the shards that it replaced
+            fresh = self._index.find(keys) < 0
+            keys, rows = (keys, rows) if fresh.all() else (keys[fresh], rows[torch.from_numpy(fresh)])
+        if len(keys):
             self._attach(keys, rows)
 
     def _attach(self, keys: KeyArray, rows: torch.Tensor) -> None:
@@ -269,7 +273,9 @@ class DiskStore:
             keys, rows = keys[latest], rows[torch.from_numpy(latest)]
         kind = RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
         with locked(self.directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
-            current = sure_manifest(self.directory, self.manifest).without(self._refused)
+            current = self._without_damaged(sure_manifest(self.directory, self.manifest))
+            if current.shards and self._environment not in (current.environment, *current.verified):
+                current = replace(current, environment={}, verified=())  # rows of several environments lie here now
             entry = write_shard(self.directory, self.manifest.digest, keys, rows, given_dtype)
             self.manifest = current.with_shard(entry, kind)
             self.manifest.write(self.directory)
@@ -284,6 +290,15 @@ class DiskStore:
         self._committed += pending
         self._pending.clear()
         self._pending_keys = []
+
+    def _without_damaged(self, manifest: Manifest) -> Manifest:
+        """Drop the shards that were refused and still are bad: some were perhaps out of reach for a moment only."""
+        for entry in manifest.shards:
+            if entry.file in self._refused and manifest.kind is not None:
+                with suppress(FormatError):
+                    open_shard(self.directory, entry, manifest.digest, manifest.kind)
+                    self._refused.discard(entry.file)  # the next refresh takes it in
+        return manifest.without(self._refused)
 
     def _disappeared(self) -> StoreError:
         return StoreError(
@@ -302,7 +317,7 @@ class DiskStore:
             return
         with locked(self.directory / MANIFEST_LOCK):
             before = sure_manifest(self.directory, self.manifest)
-            self.manifest = pack(self.directory, before.without(self._refused), self._shard_bytes)
+            self.manifest = pack(self.directory, before, self._shard_bytes)
         known = {entry.file for entry in before.shards} <= self._opened | self._refused
         if known:  # else it also has rows of others, which the next refresh takes in
             self._opened.update(entry.file for entry in self.manifest.shards)

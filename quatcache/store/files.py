@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -54,13 +55,14 @@ MANIFEST_LOCK = ".manifest.lock"
 FILL_LOCK = ".fill.lock"
 
 TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(r"\.tmp(-.*|[0-9A-Za-z]{6})")  # the latter are those of safetensors, which renames too
 
 Result = TypeVar("Result")
 
 
 def is_temporary(name: str) -> bool:
     """Say whether a file name is that of a file being written, or left behind by a process that died."""
-    return name.startswith(TEMPORARY)
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -262,18 +264,27 @@ def read_tensors(path: Path, expected_bytes: int | None = None) -> tuple[dict[st
 def _reading(path: Path, expected_bytes: int | None = None) -> Iterator[None]:
     """Compare the size of a file, and turn what goes wrong while it is read into errors that name it."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise DamagedFileError(f"{path} is no regular file; delete it, and its rows are encoded again.")
+        size = status.st_size
         if expected_bytes is not None and size != expected_bytes:
             raise DamagedFileError(
                 f"{path} has {size} bytes instead of {expected_bytes}; delete it, and its rows are encoded again."
             )
-        with path.open("rb"):  # safetensors takes whatever goes wrong for a missing file
-            yield
+        path.open("rb").close()  # safetensors takes whatever goes wrong for a missing file
+        yield
     except FileNotFoundError as error:
+        if path.exists():
+            raise StoreError(
+                f"cannot read {path}: too many files may be open; raise that limit, and run again."
+            ) from error
         raise FormatError(f"{path} is missing; its rows are encoded again if the rest of the cache is kept.") from error
     except FormatError:
         raise
-    except (SafetensorError, ValueError, KeyError, RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, MemoryError) as error:  # no memory to map or to read it: that is no damage
+        raise StoreError(f"cannot read {path}: {error}; free memory or raise its limit, and run again.") from error
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}); delete it, and its rows are encoded again.") from error
     except OSError as error:
         raise StoreError(

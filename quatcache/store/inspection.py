@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ __all__ = ["Check", "check_cache", "inspect_cache", "inspect_store"]
 
 _STORE_NAME = re.compile(r"[0-9a-f]{32}(-[a-z0-9]{1,16})?")
 _OWN_NAMES = (MANIFEST_NAME, MANIFEST_LOCK, FILL_LOCK, LAST_USED)
+
+_COMMIT_SECONDS = 60
+"""Between the first shard of a store and its manifest another process may take so long: such a store is not lost."""
 
 _MADE_AGAIN = "no whole shard is lost: it is made again from them when a run uses the cache"
 _ENCODED_AGAIN = "the next run leaves it out and encodes its rows again"
@@ -117,7 +121,8 @@ def inspect_store(home: Path) -> tuple[StoreSummary | None, list[Stray], list[Pa
         home: ``encoders/<digest>[-<dtype>]``.
 
     Returns:
-        The store, None if nothing is left of it; its leftovers; and what else lies there.
+        The store, None if nothing is left of it or another process is about to commit its first rows; its leftovers;
+        and what else lies there.
 
     Raises:
         StoreError: The directory cannot be listed.
@@ -132,7 +137,7 @@ def inspect_store(home: Path) -> tuple[StoreSummary | None, list[Stray], list[Pa
         strays += [stray for name in sorted(shards - named) for stray in _stray(names[name], "orphan shard")]
         shards = named  # what is missing counts: verifying says so
     elif problem is None:
-        return None, strays if strays or foreign else [*_stray(home, "empty store")], foreign
+        return None, strays if shards or strays or foreign else [*_stray(home, "empty store")], foreign
     statuses = {name: _status(home / name) for name in (*shards, *_OWN_NAMES)}
     used = [status.st_mtime for name in (MANIFEST_NAME, LAST_USED) if (status := statuses[name]) is not None]
     store = StoreSummary(
@@ -160,7 +165,9 @@ def _manifest(home: Path, names: Iterable[str]) -> tuple[Manifest | None, Findin
     except StoreError as error:
         return None, _finding(path, error, _PERMIT), False
     if manifest is None:
-        lost = any(is_shard_name(name) for name in names)
+        statuses = [_status(home / name) for name in names if is_shard_name(name)]
+        now = time.time()
+        lost = any(status is not None and abs(now - status.st_mtime) > _COMMIT_SECONDS for status in statuses)
         return None, Finding(path, "is missing, though there are shards", _MADE_AGAIN) if lost else None, False
     if manifest.digest != home.name[:32]:
         reason = f"belongs to encoder {manifest.digest}, not to the one that its directory is named for"

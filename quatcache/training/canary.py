@@ -43,6 +43,7 @@ class Canary:
         verify: ``"auto"``: :data:`ROWS` rows, if the environment is not one in which the rows were made or found right;
             a number: so many rows in any case; 0: none.
         encoder: Makes the real encoder ready.
+        batch_size: Items per encoder call, at most.
         narrowest: The dtype with the coarsest rounding on the way to a row, besides those of the store; None: these.
 
     Attributes:
@@ -57,22 +58,43 @@ class Canary:
         environment: Mapping[str, str],
         verify: Literal["auto"] | int,
         encoder: Callable[[], FrozenEncoder],
+        batch_size: int,
         narrowest: torch.dtype | None = None,
     ) -> None:
-        """Decide whether anything is to be compared."""
+        """Compare nothing yet."""
         self.name = name
         self._store = store
         self._environment = environment
         self._encoder = encoder
+        self._batch_size = batch_size
+        self._known: tuple[Mapping[str, str], ...] = ({},)
         self._narrowest = narrowest
-        self._known = (store.manifest.environment, *store.manifest.verified)
-        if not len(store):
-            self.wanted = 0
-        elif verify == "auto":
-            self.wanted = 0 if environment in self._known else ROWS
-        else:
-            self.wanted = verify
+        self._verify = verify
+        self.wanted = 0
         self.compared = 0
+
+    def begin(self, parts: int) -> int:
+        """Start with another dataset; the store may have got rows since.
+
+        Args:
+            parts: How many datasets there are: each gets its part of the rows.
+
+        Returns:
+            How many rows are to be compared.
+        """
+        self._known = (self._store.manifest.environment, *self._store.manifest.verified)
+        due = self._environment not in self._known
+        self.wanted = (ROWS if due else 0) if self._verify == "auto" else self._verify
+        self.wanted = -(-self.wanted // parts) if len(self._store) else 0
+        return self.wanted
+
+    def conclude(self) -> None:
+        """Record the environment as one in which the encoder gives the rows that are stored, if that was seen."""
+        if self.compared:
+            logger.info(
+                "Encoder %r: %d stored rows agree with what it gives now%s.", self.name, self.compared, self._changes()
+            )
+            self._store.mark_verified(self._environment)
 
     def check(self, items: Sequence[Any], keys: KeyArray) -> None:
         """Compare the rows of some items, until as many as wanted were.
@@ -92,7 +114,7 @@ class Canary:
             return
         chosen = np.random.default_rng().permutation(present)[: self.wanted]  # its own: training draws from the global
         stored = self._store.get_many(keys[chosen]).values
-        now = self._encoder().encode([items[position] for position in chosen.tolist()]).cpu()
+        now = self._encode([items[position] for position in chosen.tolist()])
         differences = relative_differences(stored, now)
         tolerance = self._tolerance(stored.dtype)
         wrong = int((~(differences <= tolerance)).sum())
@@ -105,11 +127,14 @@ class Canary:
             )
         self.wanted -= len(chosen)
         self.compared += len(chosen)
-        if not self.wanted:
-            logger.info(
-                "Encoder %r: %d stored rows agree with what it gives now%s.", self.name, self.compared, self._changes()
-            )
-            self._store.mark_verified(self._environment)
+
+    def _encode(self, items: Sequence[Any]) -> torch.Tensor:
+        """Encode items as a fill would, rounded as their rows were."""
+        encoder, size = self._encoder(), self._batch_size
+        parts = [encoder.encode(items[start : start + size]).cpu() for start in range(0, len(items), size)]
+        rows = torch.cat(parts)
+        dtype = self._store.manifest.dtype
+        return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype).to(rows.dtype)
 
     def _tolerance(self, given: torch.dtype) -> float:
         dtypes = (given, self._store.manifest.dtype, self._narrowest)

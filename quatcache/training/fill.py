@@ -24,7 +24,7 @@ from quatcache.read_through import Counts, fill_through
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, Positions, RowStore, TensorStore
 from quatcache.training.canary import Canary
 from quatcache.training.columns import ColumnsInMaking
-from quatcache.training.extracted import ExtractedKeys, Forgetful
+from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk, ChunkReader, KeyScheme
 from quatcache.training.memory import refuse_to_swap
 from quatcache.training.placement import Placement
@@ -106,12 +106,17 @@ class EncoderFill:
         """
         if self.canary is None or not self.canary.wanted:
             return
-        keys = chunk.keys[self.name].reshape(-1, 2)
-        if self.extracted is None:
-            self.canary.check(chunk.items, keys)
-        else:  # items of one extracted key share a row, which need not be that of each of them
-            sure = self.extracted.unambiguous(chunk)
-            self.canary.check([chunk.items[position] for position in sure.tolist()], keys[sure])
+        own = chunk.keys.get(self.scheme.content_column, chunk.keys[self.name])  # rows go by content where it has a key
+        self.canary.check(chunk.items, own.reshape(-1, 2))
+
+    def conclude(self) -> None:
+        """Take note of what the canary found, once it has looked at every dataset."""
+        if self.canary is not None:
+            self.canary.conclude()
+
+    def resolve(self, chunk: Chunk) -> Chunk:
+        """Add the keys that rows are stored under, if they are others than those of the items."""
+        return chunk if self.extracted is None else self.extracted.resolve(chunk, self.store)
 
     def fill(self, chunk: Chunk, batch_size: int) -> Counts:
         """Encode what the store lacks of a chunk."""
@@ -131,10 +136,8 @@ class EncoderFill:
         self.verify(chunk)
         if isinstance(self.store, TensorStore):
             refuse_to_swap(self.name, self.store)
-        store: Any = self.store
-        if self.extracted is not None and len(edited := self.extracted.look(chunk)):
-            store = Forgetful(store, edited)
-        counts = fill_through(chunk.keys[self.name].reshape(-1, 2), compute, store, batches=batches)
+        keys = chunk.keys[self.scheme.row_column].reshape(-1, 2)
+        counts = fill_through(keys, compute, self.store, batches=batches)
         self.counts += counts
         return counts
 
@@ -193,14 +196,16 @@ class DatasetFill:
         by_index = any(encoder.scheme.salt is not None for encoder in self.encoders)
         self.table = None
         if directory is not None and not by_index:
-            names = [encoder.name for encoder in self.encoders]
+            names = [column for encoder in self.encoders for column in (encoder.name, encoder.scheme.row_column)]
             self.table = matching_table(self.name, directory.tables(names), reader, self.targets)
             if self.table is not None:
                 directory.mark_used(self.table)
         known = 0 if self.table is None else len(self.table)
         wanted = np.arange(len(self.dataset)) >= known
         for encoder in self.encoders if self.table is not None else ():
-            keys = self.table.keys[encoder.name]  # type: ignore[union-attr]
+            keys = self.table.keys[encoder.scheme.row_column]  # type: ignore[union-attr]
+            if encoder.extracted is not None:
+                encoder.extracted.learn(self.table)  # type: ignore[arg-type]
             missing = encoder.store.missing(keys.reshape(-1, 2)) // keys.shape[1]
             wanted[missing] = True
         self._to_read = np.flatnonzero(wanted)
@@ -220,17 +225,22 @@ class DatasetFill:
         """Count the samples that must be read."""
         return len(self._to_read)
 
-    def verify(self) -> None:
+    def verify(self, parts: int) -> None:
         """Hold the stored rows of some random samples against the encoders, before any row is used or added.
+
+        Args:
+            parts: How many datasets there are.
 
         Raises:
             StaleRowsError: They differ.
         """
-        wanted = max((encoder.canary.wanted for encoder in self.encoders if encoder.canary is not None), default=0)
+        wanted = max((one.canary.begin(parts) for one in self.encoders if one.canary is not None), default=0)
         if not wanted:
             return
-        size = len(self.dataset)
-        indices = np.random.default_rng().choice(size, min(size, max(SAMPLED, 2 * wanted)), replace=False)
+        stored = np.delete(np.arange(len(self.dataset)), self._to_read)
+        candidates = stored if len(stored) else np.arange(len(self.dataset))
+        count = min(len(candidates), max(SAMPLED, 2 * wanted))
+        indices = np.random.default_rng().choice(candidates, count, replace=False)
         chunk = self.chunk_reader.__getitems__(indices.tolist())
         for encoder in self.encoders:
             encoder.verify(chunk)
@@ -263,6 +273,7 @@ class DatasetFill:
         for chunk in self._started(loader):
             counts = Counts()
             for encoder in self.encoders:
+                chunk = encoder.resolve(chunk)
                 counts += encoder.fill(chunk, batch_size)
             columns.put(chunk)
             advance(len(chunk.indices), counts)
@@ -304,7 +315,7 @@ class DatasetFill:
         assert self.table is not None
         rows = {}
         for encoder in self.encoders:
-            keys = self.table.keys[encoder.name]
+            keys = self.table.keys[encoder.scheme.row_column]
             numbers = encoder.store.rows_of(keys.reshape(-1, 2))
             assert (numbers >= 0).all(), f"encoder {encoder.name} lacks rows after its fill"
             rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))

@@ -74,6 +74,11 @@ class KeyScheme:
         """Name of the column of content keys beside extracted ones."""
         return f"{self.name}#content"
 
+    @property
+    def row_column(self) -> str:
+        """Name of the column of keys that rows are stored under."""
+        return self.name if self.extractor is None else f"{self.name}#row"
+
     def keys_like(self, other: KeyScheme) -> bool:
         """Say whether another encoder's keys are the same for every item."""
         return self.content == other.content and self.extractor is other.extractor and self.salt == other.salt

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -12,6 +11,7 @@ from quatcache.encoders import Identity
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.store import CacheDirectory, DiskStore, RowStore, environment
 from quatcache.training.canary import Canary
+from quatcache.training.config import CacheConfig
 from quatcache.training.lightning import Trainer
 
 __all__ = ["canary_for", "closest_differences", "open_rows"]
@@ -67,8 +67,9 @@ def closest_differences(identity: Identity, directory: CacheDirectory) -> list[s
 def canary_for(
     name: str,
     store: RowStore,
-    verify: Literal["auto"] | int,
+    config: CacheConfig,
     encoder: Callable[[], FrozenEncoder],
+    dtypes: Iterable[torch.dtype],
     trainer: Trainer,
     device: torch.device,
 ) -> Canary | None:
@@ -77,13 +78,15 @@ def canary_for(
     Args:
         name: Its name in the model.
         store: Its rows.
-        verify: As in the config.
+        config: How much to verify, and in batches of which size.
         encoder: Makes the real encoder ready.
+        dtypes: Those of its weights: their rounding shows in its rows.
         trainer: Its precision decides how far rows may differ.
         device: Where the encoder computes.
     """
     if not isinstance(store, DiskStore):
         return None
     precision = str(trainer.precision)
-    rounding = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
-    return Canary(name, store, environment(device), verify, encoder, rounding)
+    rounding = {*dtypes, *([torch.bfloat16] if "bf16" in precision else [torch.float16] if "16" in precision else [])}
+    narrowest = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in rounding), None)
+    return Canary(name, store, environment(device), config.verify, encoder, config.batch_size, narrowest)

@@ -24,7 +24,7 @@ from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.encoders.weights import to_device
 from quatcache.errors import LoaderError, NotFrozenError, StoreError
-from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
+from quatcache.store import CacheDirectory, DiskStore, RowStore, TensorStore
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
@@ -240,7 +240,10 @@ class CacheSession:
                     kept.callback(store.flush)
                 self._run(fills, context)
             for store in stores:
-                store.compact()
+                try:
+                    store.compact()
+                except StoreError as error:  # every row is committed: packing can wait for the next run
+                    logger.warning("%s Small shards are left as they are.", error)
             for encoder in self._fills.values():
                 encoder.note_effort()
             for fill in fills.values():
@@ -252,7 +255,9 @@ class CacheSession:
 
     def _run(self, fills: Mapping[int, DatasetFill], context: Any) -> None:
         for fill in fills.values():
-            fill.verify()
+            fill.verify(len(fills))
+        for encoder in self._fills.values():
+            encoder.conclude()
         total = sum(fill.to_read for fill in fills.values())
         shown = total > 0 and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
         with fill_progress(total, shown) as advance:
@@ -297,14 +302,17 @@ class CacheSession:
                 stores[own],
                 partial(self._encoder_to_fill, name),
                 encoder.length,
-                extracted=None if scheme.extractor is None else ExtractedKeys(scheme, self._tables(name)),
+                extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
                 canary=canary_for(
-                    name, stores[own], self._config.verify, partial(self._frozen_encoder, name), self._trainer, device
+                    name,
+                    stores[own],
+                    self._config,
+                    partial(self._frozen_encoder, name),
+                    {tensor.dtype for tensor in encoder.parameters()},
+                    self._trainer,
+                    device,
                 ),
             )
-
-    def _tables(self, name: str) -> Iterable[DatasetTable]:
-        return () if self._directory is None else self._directory.tables([name])
 
     def _encoder_to_fill(self, name: str) -> FrozenEncoder:
         if self._unwritable is not None:

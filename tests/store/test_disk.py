@@ -458,6 +458,61 @@ def test_pipe_in_place_of_the_manifest_is_damage_and_does_not_wait(tmp_path):
     assert (tmp_path / MANIFEST_NAME).is_file() and Manifest.read(tmp_path).rows == 1
 
 
+@pytest.mark.parametrize("name", ["shard", "table"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_pipe_in_place_of_a_shard_is_damage_and_does_not_wait(tmp_path, name):
+    path = commit(tmp_path, 1)
+    path.unlink()
+    os.mkfifo(path)
+    if name == "shard":
+        edit_manifest(tmp_path, lambda content: content["shards"][0].update(bytes=0))
+    else:
+        (tmp_path / MANIFEST_NAME).unlink()
+    assert held(DiskStore(tmp_path, DIGEST), 1) == []
+
+
+@pytest.mark.parametrize("trouble", [MemoryError("none left"), RuntimeError("mmap failed")])
+def test_shortage_is_no_damage(tmp_path, monkeypatch, trouble):
+    commit(tmp_path, 1)
+
+    def fail(*args, **kwargs):
+        raise trouble
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quatcache.store.files.safe_open", fail)
+        with pytest.raises(StoreError, match=r"cannot read .*; free memory or raise its limit"):
+            DiskStore(tmp_path, DIGEST)
+        patched.setattr("quatcache.store.files.safe_open", lambda *a, **k: fail_as_safetensors())
+        with pytest.raises(StoreError, match="too many files may be open; raise that limit"):
+            DiskStore(tmp_path, DIGEST)
+    assert held(DiskStore(tmp_path, DIGEST), 1) == [1]
+
+
+def fail_as_safetensors():
+    raise FileNotFoundError("No such file or directory")  # which it says of whatever goes wrong
+
+
+def test_shard_that_was_out_of_sight_for_a_moment_is_kept(tmp_path):
+    path = commit(tmp_path, 1)
+    path.rename(tmp_path / "away")
+    store = DiskStore(tmp_path, DIGEST)
+    assert held(store, 1) == []
+    (tmp_path / "away").rename(path)
+    put(store, 2)
+    store.flush()
+    assert held(DiskStore(tmp_path, DIGEST), 1, 2) == [1, 2]
+    assert store.refresh() and held(store, 1, 2) == [1, 2]
+
+
+def test_rows_of_a_packed_shard_are_not_held_twice(tmp_path):
+    reader_of = small_shards(tmp_path, 4)
+    for number in range(4, 12):
+        put(other := DiskStore(tmp_path, DIGEST), number)
+        other.flush()
+    DiskStore(tmp_path, DIGEST, shard_bytes=1 << 20).compact()
+    assert reader_of.refresh() and reader_of.nbytes == 12 * 8 and held(reader_of, *range(12)) == list(range(12))
+
+
 def test_newer_manifest_is_no_damage(tmp_path):
     commit(tmp_path, 1)
     edit_manifest(tmp_path, lambda content: content.update(version=2))

@@ -130,11 +130,12 @@ def files_of(root):
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_rows_are_found_by_extracted_keys(golden):
-    store = CacheDirectory(golden).store(LETTERS, {})
-    found = store.get_many(extracted_keys([("e", 3), ("a", 5), ("x", 1)]))
-    assert found.positions.tolist() == [0, 1]
-    assert torch.equal(found.values, ROWS[[4, 0]])
+def test_rows_of_extracted_keys_are_found_by_the_row_keys_beside_them(golden):
+    directory = CacheDirectory(golden)
+    (table,) = directory.tables(["default", "default#content", "default#row"])
+    found = directory.store(LETTERS, {}).get_many(table.keys["default#row"].reshape(-1, 2))
+    assert torch.equal(found.values, ROWS)
+    assert (table.keys["default"].reshape(-1, 2)[[4, 0]] == extracted_keys([("e", 3), ("a", 5)])).all()
 
 
 def test_a_run_of_today_trains_from_it_without_encoding(golden, monkeypatch):
@@ -298,7 +299,7 @@ def test_every_shard_is_read_by_safetensors_alone(root):
             assert len(set(keys)) == len(keys)
             rows.update(zip(keys, tensors["values"], strict=True))
         assert all(torch.equal(rows.pop(key), row.to(DTYPES[dtype])) for key, row in zip(digits, expected, strict=True))
-        assert set(rows) == (set(EXTRACTED_KEYS.values()) if name == LETTERS else set())
+        assert not rows
 
 
 def test_index_tables_hold_keys_and_targets_in_the_order_of_the_dataset(root):
@@ -306,12 +307,12 @@ def test_index_tables_hold_keys_and_targets_in_the_order_of_the_dataset(root):
     for path in tables(root):
         about = json.loads(header(path)["__metadata__"]["quatcache"])
         found[about["layout"], len(about["encoders"]), about["targets"]] = about, load_file(path)
-    assert set(found) == {("group", 1, 1), ("group", 1, None), ("group", 2, 1), ("pair", 1, 2)}
+    assert set(found) == {("group", 1, 1), ("group", 1, None), ("group", 3, 1), ("pair", 1, 2)}
     texts = [KEYS[text] for text in make.TEXTS]
     for kind, (about, tensors) in found.items():
         layout, count, targets = kind
         assert (about["version"], about["samples"]) == (1, 3 if layout == "pair" else 5)
-        assert about["encoders"] == (["default"] if count == 1 else ["default", "default#content"])
+        assert about["encoders"] == ["default", "default#content", "default#row"][:count]
         assert set(tensors) == {f"keys.{n}" for n in range(count)} | {f"target.{n}" for n in range(targets or 0)}
         for n in range(count):
             assert tensors[f"keys.{n}"].shape == (about["samples"], 2 if layout == "pair" else 1, 2)
@@ -322,8 +323,8 @@ def test_index_tables_hold_keys_and_targets_in_the_order_of_the_dataset(root):
             assert tensors["target.1"].tolist() == [subgroup for *_, subgroup in make.PAIRS]
             continue
         assert keys == (texts if count == 1 else list(EXTRACTED_KEYS.values()))
-        if count == 2:
-            assert hexadecimal(tensors["keys.1"]) == texts
+        if count == 3:  # no two texts share an extracted key, so each has the row of its own content
+            assert hexadecimal(tensors["keys.1"]) == hexadecimal(tensors["keys.2"]) == texts
         if targets:
             assert tensors["target.0"].tolist() == make.LABELS
 
@@ -457,7 +458,7 @@ def test_index_tables_have_the_tensors_and_entries_that_are_described_and_no_oth
         names |= {re.sub(r"\d+$", "<n>", name) for name in about}
     assert names == set(patterns)
     assert entries <= described
-    assert described - entries == {"quatcache", '"group"', '"pair"', "x", "x#content"}
+    assert described - entries == {"quatcache", '"group"', '"pair"', "x", "x#content", "x#row"}
 
 
 def test_every_file_of_a_run_stands_in_the_layout(golden):

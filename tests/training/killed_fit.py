@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -270,6 +271,13 @@ def run_fit(
         "seconds": report.fill_seconds,
         "moments": dict(operations.moments),
     }
+
+
+def run_fit_until_a_file_is_too_big(limit, **settings):
+    """Fit until a file grows beyond so many bytes: the system kills the process then, in the middle of writing it."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return run_fit(**settings)
 
 
 def steps(fitted):

@@ -181,10 +181,66 @@ def test_extracted_keys_are_compared_only_where_a_row_is_surely_that_of_the_item
     many = ["oak a", "oak b", "elm a", "fir a", "fir b", "elm a"]
     run(tmp_path, Texts(many), key_extractors=first_word)
     model = run(tmp_path, Texts(many), key_extractors=first_word, verify=8)
-    assert report(model).verified == 1 and model.encoders["default"]._collated == ["elm a"]
+    assert report(model).verified == 3 and sorted(model.encoders["default"]._collated) == ["elm a", "fir a", "oak a"]
     Drifting._drift = 0.5
-    with pytest.raises(StaleRowsError, match="1 of 1"):
+    with pytest.raises(StaleRowsError, match="3 of 3"):
         run(tmp_path, Texts(many), key_extractors=first_word, verify=8)
+
+
+def test_grown_dataset_is_compared_where_it_was_before(tmp_path, monkeypatch):
+    run(tmp_path, Texts(texts(8)))
+    elsewhere(monkeypatch, torch="99.0")
+    Drifting._drift = 0.5
+    with pytest.raises(StaleRowsError):
+        run(tmp_path, Texts([*texts(8), *(f"new {number}" for number in range(8000))]))
+    assert manifest_of(tmp_path)[1].rows == 8
+
+
+def test_every_dataset_is_compared_before_an_environment_counts_as_verified(tmp_path, monkeypatch):
+    old, new = Texts(texts(40)), Texts([f"new {number}" for number in range(400)])
+    run(tmp_path, old)
+    elsewhere(monkeypatch, torch="99.0")
+    Drifting._drift = 0.5
+    run(tmp_path, new)  # nothing of it is stored: there is nothing to compare
+    model = Model({"default": Drifting()}, cache=CacheConfig(save_dir=tmp_path))
+    with pytest.raises(StaleRowsError):
+        fit(model, loader(new), loader(old))
+    assert manifest_of(tmp_path)[1].verified == ()
+
+
+def test_rows_that_were_added_elsewhere_are_compared_back_home(tmp_path, monkeypatch):
+    new = Texts([f"new {number}" for number in range(40)])
+    run(tmp_path)
+    with monkeypatch.context() as patched:
+        elsewhere(patched, torch="99.0")
+        Drifting._drift = 0.5
+        run(tmp_path, new)
+        Drifting._drift = 0.0
+    with pytest.raises(StaleRowsError):
+        run(tmp_path, new)
+
+
+def test_canary_minds_the_batch_size(tmp_path):
+    sizes = []
+
+    class Counting(Drifting):
+        def collate(self, items):
+            sizes.append(len(items))
+            return super().collate(items)
+
+    Counting.__qualname__ = Drifting.__qualname__
+    run(tmp_path, batch_size=4)
+    model = run(tmp_path, encoder=Counting(), batch_size=4, verify=30)
+    assert report(model).verified == 30 and max(sizes) == 4
+
+
+def test_small_rows_are_compared_as_they_are_stored(tmp_path):
+    class Small(Drifting):
+        def forward(self, inputs):
+            return super().forward(inputs) * 1e-7
+
+    run(tmp_path, encoder=Small(), dtype="float16")
+    assert report(run(tmp_path, encoder=Small(), dtype="float16", verify=8)).verified == 8
 
 
 def test_environment_of_an_older_manifest_without_the_field_is_enough(tmp_path):

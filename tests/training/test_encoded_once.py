@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quatcache import CacheConfig, SimilarityPairSample
+from quatcache.errors import CollateError
 from quatcache.losses import MultipleNegativesRankingLoss
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
@@ -189,14 +190,70 @@ def test_an_item_edited_under_its_extracted_key_is_encoded_again(tmp_path):
 
     cache = CacheConfig(save_dir=tmp_path, key_extractors=lambda item: item["id"])
     train(Ids(40), cache)
-    for edited, encoded in (((), 0), ((3, 17), 2), ((3, 17), 0), ((3,), 1)):
+    for edited, encoded in (((), 0), ((3, 17), 2), ((3, 17), 0), ((3,), 0), ((), 0)):  # known contents keep their rows
         model = train(Ids(40, edited), cache)
         assert model.cache_callback.report.encoded == encoded
         assert same_run(train(Ids(40, edited), None), model)
 
 
+def test_datasets_whose_extracted_keys_look_alike_have_rows_of_their_own(tmp_path):
+    def count(text):
+        return text.split()[-1]
+
+    one, two = ([f"{word} {number}" for number in range(20)] for word in ("alder", "willow"))
+    for number, data in enumerate((one, two, one, two)):
+        runs = [Model(cache=cache) for cache in (None, CacheConfig(save_dir=tmp_path, key_extractors=count))]
+        for model in runs:
+            fit(model, loader(Texts(data), shuffle=True))
+        assert same_run(*runs)
+        assert runs[1].cache_callback.report.encoded == (20 if number < 2 else 0)
+
+
+def test_item_edited_after_a_fill_that_failed_is_not_served_its_old_row(tmp_path):
+    first = [f"alder {number}" for number in range(600)] + ["bad 600"]
+    second = [f"willow {number}" for number in range(600)] + ["good 600"]
+    settings = {"save_dir": tmp_path, "key_extractors": lambda text: text.split()[-1]}
+    with pytest.raises(CollateError):
+        fit(Model({"default": Refusing()}, CacheConfig(**settings)), loader(Texts(first)))
+    runs = [Model({"default": Refusing()}, cache) for cache in (None, CacheConfig(**settings))]
+    for model in runs:
+        fit(model, loader(Texts(second)))
+    assert same_run(*runs) and runs[1].cache_callback.report.hits == 0
+
+
+def test_shared_row_that_was_lost_is_made_from_an_item_that_is_there(tmp_path):
+    def letter(text):
+        return text[0]
+
+    settings = {"save_dir": tmp_path, "key_extractors": letter, "labels": True}
+    words = ["alder 1", "alder 2", "birch 1", "birch 2"]
+    fit(Model(cache=CacheConfig(**settings)), loader(Texts(words)))
+    for path in tmp_path.glob("encoders/*/shard-*"):
+        path.unlink()
+    shorter = Texts(["alder 1", "alder 2", "birch 2"])
+    model = Model(cache=CacheConfig(**settings))
+    fit(model, loader(shorter))
+    alike = Model()
+    fit(alike, loader(Texts(["alder 1", "alder 1", "birch 2"], shorter.groups)))
+    assert same_run(model, alike) and model.cache_callback.report.encoded == 2
+
+
+class Refusing(HashingEncoder):
+    def collate(self, items):
+        if any("bad" in item for item in items):
+            raise ValueError("a bad item")
+        return super().collate(items)
+
+
 def test_another_extractor_with_the_same_values_is_not_served_the_rows_of_the_first(tmp_path):
     words = ["alder birch", "birch cedar", "cedar alder"] * 5
-    run(Texts(words), save_dir=tmp_path, key_extractors=lambda text: text.split()[0])
-    report, _ = run(Texts(words), save_dir=tmp_path, key_extractors=lambda text: text.split()[1])
-    assert report.encoded == 3
+    for place in (0, 1):
+        runs = []
+        for cache in (
+            None,
+            CacheConfig(save_dir=tmp_path, key_extractors=lambda text, place=place: text.split()[place]),
+        ):
+            runs.append(Model(cache=cache))
+            fit(runs[-1], loader(Texts(words)))
+        assert same_run(*runs)
+        assert runs[1].cache_callback.report.encoded == (3 if place == 0 else 0)

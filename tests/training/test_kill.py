@@ -14,9 +14,20 @@ from functools import partial
 import numpy as np
 import pytest
 
+from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary
 from tests.committed import made_elsewhere, only_store, texts_by_key
 from tests.processes import Job, linux_only, run
-from tests.training.killed_fit import ENCODED, FILLED, KILLED, logged, run_fit, samples, steps
+from tests.training.killed_fit import (
+    ENCODED,
+    FILLED,
+    KILLED,
+    SAID,
+    logged,
+    run_fit,
+    run_fit_until_a_file_is_too_big,
+    samples,
+    steps,
+)
 
 pytestmark = [pytest.mark.slow, linux_only]
 
@@ -37,7 +48,7 @@ class Fill:
     def __init__(self, folder, tolerance=0.0, **settings):
         self.kills = []  # the moments of those that hit a fill
         self.directories = 1
-        self.resumed = 0
+        self.resumed = 0  # attempts that found some rows, but not all
         self._folder = folder
         self._tolerance = tolerance
         self._settings = settings
@@ -68,7 +79,7 @@ class Fill:
             the next attempt gets an empty directory.
         """
         self._attempts += 1
-        self.resumed += bool(self._committed)
+        self.resumed += 0 < len(self._committed) < len(self._rows)
         self._compared = CANARY if made_elsewhere(self.save_dir) else 0
         here, there = multiprocessing.Pipe()
         job = self._start(kill=kill, begins=partial(there.send_bytes, b"now"))
@@ -183,3 +194,15 @@ def test_killed_fill_of_a_padded_transformer_ends_with_the_same_rows(minilm_path
         fill.kill(**instant)
     fill.finish()
     assert len(fill.kills) == 5 and fill.resumed >= 3
+
+
+def test_what_is_left_of_a_file_whose_writing_was_killed_is_known_as_temporary_and_harms_nobody(tmp_path):
+    settings = {"save_dir": tmp_path / "cache", "log": tmp_path / "log", "count": 2000, "batch_size": 64}
+    killed = Job(run_fit_until_a_file_is_too_big, tmp_path / "0.json", limit=100_000, attempt=0, **settings)
+    assert killed.status() == -signal.SIGXFSZ
+    (store,) = tmp_path.glob("cache/encoders/*")
+    left = {path.name for path in store.iterdir()} - {FILL_LOCK, MANIFEST_LOCK}
+    assert left and all(is_temporary(name) for name in left), left
+    filled = run(run_fit, tmp_path / "1.json", attempt=1, **settings)
+    assert filled["encoded"] == len(samples(2000)[2]) == len(only_store(tmp_path / "cache"))
+    assert [warning for warning in logged(tmp_path / "log", SAID)[1] if warning.startswith("WARNING")] == []

@@ -6,7 +6,7 @@ what was read by then is a random sample, from which the number of distinct item
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.utils.data import BatchSampler, DataLoader
 from quatcache.data.samples import LAYOUTS
 from quatcache.keys import KeyArray, KeyIndex, distinct
 from quatcache.store import Positions, RowStore
-from quatcache.training.extracted import ExtractedKeys, Forgetful
 from quatcache.training.fill import DatasetFill
 from quatcache.training.keying import Chunk
 
@@ -124,48 +123,38 @@ class KeysOf:
         """Take in a chunk that was read."""
         self.read += len(chunk.indices)
         for encoder in self.fill.encoders:
-            self.keys.setdefault(encoder.name, []).append(chunk.keys[encoder.name].reshape(-1, 2))
+            chunk = encoder.resolve(chunk)
+            self.keys.setdefault(encoder.name, []).append(chunk.keys[encoder.scheme.row_column].reshape(-1, 2))
 
     def in_table(self, encoder: str) -> KeyArray:
         """Give the keys ``(n, 2)`` that the index table knows."""
         table = self.fill.table
-        return np.empty((0, 2), np.int64) if table is None else table.keys[encoder].reshape(-1, 2)
+        if table is None:
+            return np.empty((0, 2), np.int64)
+        (column,) = (one.scheme.row_column for one in self.fill.encoders if one.name == encoder)
+        return table.keys[column].reshape(-1, 2)
 
     def sampled(self, encoder: str) -> KeyArray:
         """Give the keys ``(n, 2)`` that were read."""
         return np.concatenate([np.empty((0, 2), np.int64), *self.keys.get(encoder, ())])
 
 
-def read_keys(
-    datasets: Sequence[KeysOf],
-    extracted: Mapping[str, ExtractedKeys],
-    advance: Callable[[int], None],
-    time_func: Callable[[], float],
-) -> dict[str, KeyArray]:
+def read_keys(datasets: Sequence[KeysOf], advance: Callable[[int], None], time_func: Callable[[], float]) -> None:
     """Read samples whose keys no table knows, in random order, until all are read or the time is up.
 
     Args:
         datasets: The datasets; what was read is put into them.
-        extracted: For encoders with a key extractor what compares their items with earlier runs.
         advance: Told how many samples were read.
         time_func: Clock in seconds.
-
-    Returns:
-        For each of these encoders the keys ``(n, 2)`` of items that were edited since, and are encoded again.
     """
-    edited: dict[str, list[KeyArray]] = {name: [] for name in extracted}
     sizes = [data.unknown for data in datasets]
     deadline = time_func() + READ_SECONDS
     for place, indices in random_parts(sizes, 1024):
         data = datasets[place]
-        chunk = data.fill.chunk_reader.__getitems__((indices + data.known).tolist())
-        data.take(chunk)
-        for name, comparison in extracted.items():
-            edited[name].append(comparison.look(chunk))
+        data.take(data.fill.chunk_reader.__getitems__((indices + data.known).tolist()))
         advance(len(indices))
         if time_func() >= deadline:
             break
-    return {name: np.concatenate([np.empty((0, 2), np.int64), *parts]) for name, parts in edited.items()}
 
 
 def random_parts(sizes: Sequence[int], step: int, limit: int | None = None) -> Iterator[tuple[int, Positions]]:
@@ -219,22 +208,19 @@ class Rows:
         """Give those keys whose rows no encoder counted before has."""
         return keys[self._planned.find(keys) < 0]
 
-    def missing(self, keys: KeyArray, edited: KeyArray) -> KeyArray:
-        """Give those keys whose rows must be computed, the edited ones among them."""
+    def missing(self, keys: KeyArray) -> KeyArray:
+        """Give those keys whose rows must be computed."""
         new = self.new(keys)
-        if self._store is None:
-            return new
-        return new[(Forgetful(self._store, edited) if len(edited) else self._store).missing(new)]
+        return new if self._store is None else new[self._store.missing(new)]
 
 
-def count(datasets: Sequence[KeysOf], encoder: str, rows: Rows, edited: KeyArray) -> Counted:
+def count(datasets: Sequence[KeysOf], encoder: str, rows: Rows) -> Counted:
     """Count the items of some datasets for one encoder, those in index tables and those that were read.
 
     Args:
         datasets: The datasets.
         encoder: Its name.
         rows: What it shares with other encoders and earlier runs.
-        edited: Keys of items that were edited since.
     """
     known = np.concatenate([data.in_table(encoder) for data in datasets])
     sampled = np.concatenate([data.sampled(encoder) for data in datasets])
@@ -244,7 +230,7 @@ def count(datasets: Sequence[KeysOf], encoder: str, rows: Rows, edited: KeyArray
         items=sum(data.items for data in datasets),
         distinct=round(_distinct(known, sampled, drawn, unread)),
         rows=round(_distinct(rows.new(known), rows.new(sampled), drawn, unread)),
-        to_encode=round(_distinct(rows.missing(known, edited), rows.missing(sampled, edited), drawn, unread)),
+        to_encode=round(_distinct(rows.missing(known), rows.missing(sampled), drawn, unread)),
         estimated=drawn < unread,
     )
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
@@ -26,7 +25,6 @@ from quatcache.encoders import Encoder, identify
 from quatcache.encoders.frozen import prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.errors import ConfigError
-from quatcache.keys import KeyArray
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
 from quatcache.training.command_line import command_line
 from quatcache.training.config import CacheConfig, CacheType
@@ -51,8 +49,6 @@ from quatcache.training.plan.trial import Timed, read_sample_chunks, time_encode
 __all__ = ["CachePlan", "plan", "plan_from_config"]
 
 SAMPLE = 256
-
-_NONE: KeyArray = np.empty((0, 2), np.int64)
 
 
 def plan(
@@ -193,8 +189,7 @@ class _Planner:
         with _progress(show_progress_bar) as bar:
             reading = bar.add_task("Reading keys", total=sum(data.unknown for data in datasets))
             encoding = bar.add_task("Encoding a sample", total=None)
-            extracted = {fill.name: fill.extracted for fill in encoders if fill.extracted is not None}
-            edited = read_keys(datasets, extracted, partial(bar.advance, reading), self.time_func)
+            read_keys(datasets, partial(bar.advance, reading), self.time_func)
             started = self.time_func()
             chunks = read_sample_chunks(datasets, total, config.batch_size)
             read_seconds = (self.time_func() - started) / total * sum(data.fill.to_read for data in datasets)
@@ -209,7 +204,7 @@ class _Planner:
         parts = []
         for fill, seconds in zip(encoders, timed, strict=True):
             shared = rows.setdefault(id(fill.store), Rows(fill.store))
-            parts.append(self._part(fill, datasets, shared, edited.get(fill.name, _NONE), seconds))
+            parts.append(self._part(fill, datasets, shared, seconds))
             for data in datasets:
                 shared.plan(data.in_table(fill.name))
                 shared.plan(data.sampled(fill.name))
@@ -254,7 +249,6 @@ class _Planner:
                 own = identity.digest
                 if own not in stores:
                     stores[own] = directory.store(identity.digest, identity.facts, self.config.storage_dtype)
-            tables = () if directory is None else directory.tables([name])
             fills.append(
                 EncoderFill(
                     name,
@@ -262,17 +256,15 @@ class _Planner:
                     stores[own],
                     partial(frozen_as_in, self.trainer, name, encoder),
                     encoder.length,
-                    extracted=None if scheme.extractor is None else ExtractedKeys(scheme, tables),
+                    extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
                 )
             )
         return fills
 
-    def _part(
-        self, fill: EncoderFill, datasets: Sequence[KeysOf], rows: Rows, edited: KeyArray, timed: Timed
-    ) -> EncoderPlan:
+    def _part(self, fill: EncoderFill, datasets: Sequence[KeysOf], rows: Rows, timed: Timed) -> EncoderPlan:
         """Put together what was found out about one encoder."""
-        alone = [(data.fill.name, count([data], fill.name, rows, edited)) for data in datasets]
-        together = count(datasets, fill.name, rows, edited)
+        alone = [(data.fill.name, count([data], fill.name, rows)) for data in datasets]
+        together = count(datasets, fill.name, rows)
         values = math.prod(timed.row_shape)
         row_bytes = values * timed.stored_dtype.itemsize
         others = {timed.given_dtype, torch.float16, torch.bfloat16} if timed.given_dtype.is_floating_point else set()

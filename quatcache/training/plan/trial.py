@@ -14,6 +14,7 @@ import torch
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import TensorStore
+from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.fill import WINDOW, EncoderFill
 from quatcache.training.keying import Chunk
 from quatcache.training.plan.counting import KeysOf, random_parts
@@ -81,12 +82,15 @@ def time_encoder(
     frozen = planned.frozen()
     frozen.encode(chunks[0][0].items[:WARM_UP])
     store = _ThrownAway(dtype, advance)
-    fill = replace(planned, store=store, frozen=lambda: frozen, counts=Counts(), extracted=None, canary=None)
+    extracted = None if planned.extracted is None else ExtractedKeys(planned.scheme)
+    fill = replace(planned, store=store, frozen=lambda: frozen, counts=Counts(), extracted=extracted, canary=None)
     items = sum(len(chunk.items) for chunk, _ in chunks)
 
     started = time_func()
-    for chunk, _ in chunks:
-        fill.fill(chunk, batch_size)
+    resolved = []
+    for chunk, size in chunks:
+        resolved.append((fill.resolve(chunk), size))
+        fill.fill(resolved[-1][0], batch_size)
     filled = time_func() - started
     advance(items - fill.counts.computed)
 
@@ -100,8 +104,9 @@ def time_encoder(
     uncached = time_func() - started
 
     started = time_func()
-    for chunk, size in chunks:
-        for rows in torch.split(torch.from_numpy(store.rows_of(chunk.keys[planned.name].reshape(-1, 2))), size):
+    for chunk, size in resolved:
+        keys = chunk.keys[planned.scheme.row_column].reshape(-1, 2)
+        for rows in torch.split(torch.from_numpy(store.rows_of(keys)), size):
             store.gather(rows)
     cached = time_func() - started
     assert store.row_shape is not None and store.given_dtype is not None
