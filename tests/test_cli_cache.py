@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from quatcache import cli
+from quatcache.cli.display import age, timestamp
 from quatcache.store import DiskStore
 from quatcache.store.manifest import MANIFEST_NAME
 from tests import fits
@@ -367,12 +368,12 @@ def test_prune_takes_sizes_as_people_write_them(tmp_path, run):
         assert [removal["path"][-1] for removal in removals] == ["3", "2"][:count]
 
 
-@pytest.mark.parametrize("text", ["much", "8 GiX", "-1", "1e9", ""])
+@pytest.mark.parametrize("text", ["much", "8 GiX", "-1", "1e9", "", "9" * 26, "9" * 400, "9999999TiB"])
 def test_size_that_is_none_is_refused_with_an_example(tmp_path, run, capsys, text):
     with pytest.raises(SystemExit) as stop:
         run("cache", "prune", tmp_path, f"--max-size={text}")
     assert stop.value.code == 2
-    assert "give one such as 500MB or 8GiB" in capsys.readouterr().err
+    assert re.search("give (one|a size) such as .*8GiB", capsys.readouterr().err)
 
 
 def test_export_writes_the_dataset_that_a_fit_left(fitted, tmp_path, run):
@@ -469,6 +470,25 @@ def test_module_runs_as_the_program_does_and_a_reader_that_has_enough_is_no_erro
         cut = subprocess.run([*command, *form], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
         assert cut.stderr == ""
     os.close(writing)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_characters_that_stdout_does_not_have_are_escaped(tmp_path, encoding):
+    store_rows(tmp_path, ONE, facts={"class": "m.Encoder", "prompt": "名前"})
+    store_rows(tmp_path, TWO, facts={"class": "m.Encoder", "prompt": "vorher"})
+    for command in ("inspect", "explain"):
+        done = subprocess.run(
+            [sys.executable, "-m", "quatcache.cli", "cache", command, str(tmp_path)],
+            cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding}, check=True,
+        )  # fmt: skip
+        assert r"\u540d\u524d" in done.stdout.decode(encoding)
+
+
+def test_times_beyond_the_calendar_are_its_ends():
+    assert timestamp(253_402_300_800.0) == timestamp(1e300) == "9999-12-31T23:59:59+00:00"
+    assert timestamp(-62_135_596_801.0) == timestamp(-1e300) == "0001-01-01T00:00:00+00:00"
+    assert timestamp(1_800_000_000.7) == "2027-01-15T08:00:00+00:00"
+    assert (age(-1e300), age(1e12)) == ("just now", "11574074 days ago")
 
 
 def test_what_files_say_steers_no_terminal_and_is_no_markup(tmp_path, run):

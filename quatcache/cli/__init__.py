@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from quatcache import __version__
-from quatcache.cli.answers import own_error, printable
+from quatcache.cli.answers import escape_unknown_characters, own_error, printable
 from quatcache.cli.cache import cache_command
 from quatcache.cli.fit import lightning_command
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The arguments cannot be parsed, or help was asked for.
     """
+    escape_unknown_characters(sys.stdout)
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="quatcache",

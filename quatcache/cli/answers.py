@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quatcache.errors import QuatcacheError
 
-__all__ = ["Answer", "own_error", "printable", "progress_bar", "respond"]
+__all__ = ["Answer", "escape_unknown_characters", "own_error", "printable", "progress_bar", "respond"]
 
 _WIDE = 200
 """Columns where nobody looks: in a pipe or a file, lines are not folded."""
@@ -66,6 +67,25 @@ def respond(command: Callable[[], Answer], *, as_json: bool) -> int:
     except BrokenPipeError:  # who reads it, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return answer.code
+
+
+def escape_unknown_characters(stream: TextIO) -> None:
+    r"""Let a stream write ``\xe9`` for a character that its encoding does not have, instead of raising.
+
+    Pipes on Windows, and terminals in old locales, take the characters of one language. What the user chose in
+    ``PYTHONIOENCODING`` stays.
+
+    Args:
+        stream: Such as ``sys.stdout``.
+
+    Example:
+        >>> stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        >>> escape_unknown_characters(stream)
+        >>> stream.write("caf\xe9"), stream.flush(), stream.buffer.getvalue()
+        (4, None, b'caf\\xe9')
+    """
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in {"strict", "surrogateescape"}:
+        stream.reconfigure(errors="backslashreplace")
 
 
 def own_error(error: BaseException | None) -> QuatcacheError | None:

@@ -145,4 +145,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; give one such as 500MB or 8GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if size >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is more than a file system holds; give a size such as 8GiB")
+    return int(size)

@@ -6,7 +6,7 @@ Everything that a file says is shown as plain text: neither rich's markup nor a 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ _FIXED = ("store", "dataset", "size", "created", "last used")
 _UNTOLD = ("autocast", "class", "embedding_size", "schema", "version")
 _UNTOLD_BUT = {"autocast": None, "version": 1}
 _TOLD = 10
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_CALENDAR = (-62_135_596_800, 253_402_300_799)  # years 1 to 9999, in seconds since 1970
 
 
 def size(nbytes: int) -> str:
@@ -76,13 +78,14 @@ def age(seconds: float) -> str:
 
 
 def timestamp(seconds: float) -> str:
-    """Write seconds since 1970 as ISO 8601, UTC.
+    """Write seconds since 1970 as ISO 8601, UTC; a time of a file beyond the calendar becomes its first or last second.
 
     Example:
-        >>> timestamp(0.0)
-        '1970-01-01T00:00:00+00:00'
+        >>> timestamp(0.0), timestamp(1e12)
+        ('1970-01-01T00:00:00+00:00', '9999-12-31T23:59:59+00:00')
     """
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+    within = min(max(seconds, _CALENDAR[0]), _CALENDAR[1])
+    return (_EPOCH + timedelta(seconds=within)).isoformat(timespec="seconds")
 
 
 def count(things: Collection[object], what: str) -> str:

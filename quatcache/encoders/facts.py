@@ -3,7 +3,8 @@
 A fact that should not count costs a whole fill, a fact that is missing serves stale rows. So everything that an
 encoder holds counts by default, and what is left out is listed (in ``serialised.py``): where a model came from and
 where it runs (paths, device), how it is trained (learning rate, requires_grad), and names that begin with an
-underscore, which is where counters and memos belong. Of a transformers model inside an encoder the configuration
+underscore, which is where counters and memos belong; objects of installed packages keep their state under such names,
+so there they count. Of a transformers model inside an encoder the configuration
 counts, not the attributes that this or that version of the library derives from it.
 """
 
@@ -14,17 +15,16 @@ import inspect
 import json
 import logging
 import random
-import sys
 import types
 from collections.abc import Callable, Collection, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quatcache.encoders.objects import code_name, hooks_of, is_library, key_order, own_attributes, readable, state_of
 from quatcache.encoders.serialised import JSON, compact, flatten, is_ignored, read_config, to_json, tokenizer_facts
 from quatcache.encoders.weights import (
     FOREIGN_STATE,
@@ -37,7 +37,16 @@ from quatcache.encoders.weights import (
     tensor_digest,
 )
 
-__all__ = ["adapter_facts", "code_name", "describe", "foreign_facts", "module_facts", "own_facts", "weight_facts"]
+__all__ = [
+    "adapter_facts",
+    "code_name",
+    "describe",
+    "foreign_facts",
+    "hook_facts",
+    "module_facts",
+    "own_facts",
+    "weight_facts",
+]
 
 _IGNORED_TYPES = (
     PathLike,
@@ -53,30 +62,6 @@ _IGNORED_TYPES = (
 _DEPTH = 8
 _Seen = dict[int, tuple[str, Any]]
 """Objects by id, with the name of their first description; they are kept here, so that no id is used again."""
-
-
-def code_name(code: Any) -> str:
-    """Name a class or function so that a script and an import of it agree.
-
-    ``__main__`` (``__mp_main__`` in a spawned process) becomes the name that an import of the file would have.
-
-    Args:
-        code: A class or a function.
-
-    Returns:
-        "module.qualified_name"; "relu" for a builtin without a module.
-
-    Example:
-        >>> code_name(nn.Linear)
-        'torch.nn.modules.linear.Linear'
-    """
-    module = getattr(code, "__module__", None)
-    name = getattr(code, "__qualname__", None) or getattr(code, "__name__", None) or type(code).__qualname__
-    if module in {"__main__", "__mp_main__"}:
-        main = sys.modules.get(module)
-        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-        module = spec.name.removesuffix(".__main__") if spec is not None else Path(file).stem if file else "__main__"
-    return f"{module}.{name}" if module else str(name)
 
 
 def module_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
@@ -126,18 +111,39 @@ def foreign_facts(model: nn.Module, prefix: str = "") -> dict[str, JSON]:
     for path, submodule in named_modules(model):
         seen.setdefault(id(submodule), (f"{prefix}{path}" if path else prefix[:-1], submodule))
     for path, submodule in named_modules(model):
+        inner = f"{prefix}{path}." if path else prefix
         if path and package_of(type(submodule)) not in LIBRARIES | FOREIGN_STATE:
             facts[f"module.{prefix}{path}"] = code_name(type(submodule))
-            facts.update(_settings(submodule, f"{prefix}{path}.", seen))
+            facts.update(_settings(submodule, inner, seen))
+        else:
+            facts.update(hook_facts(submodule, inner, seen))
     return {name: value for name, value in facts.items() if not name.startswith("weights.")}
 
 
 def _settings(module: nn.Module, prefix: str, seen: _Seen) -> dict[str, JSON]:
     facts: dict[str, JSON] = {}
-    known = package_of(type(module)) in {"transformers", "peft"}
+    known, library = package_of(type(module)) in {"transformers", "peft"}, is_library(type(module))
     for name, value in attributes(module).items():
-        if not is_ignored(name) and (not known or name == "config"):
-            describe(value, prefix + name, facts, seen)
+        if not is_ignored(name, value, library=library) and (not known or name == "config"):
+            describe(value, prefix + name, facts, seen, ordered=not library)
+    return {**facts, **hook_facts(module, prefix, seen)}
+
+
+def hook_facts(module: nn.Module, prefix: str = "", seen: _Seen | None = None) -> dict[str, JSON]:
+    """List the forward hooks of one module that are the user's own; they may change what comes out.
+
+    Args:
+        module: Any module; not those inside it.
+        prefix: Put before every name, with its dot.
+        seen: Objects that need no second description, as in :func:`describe`.
+
+    Returns:
+        "forward_hook.<n>" and "forward_pre_hook.<n>": the function's name, and what it carries along.
+    """
+    facts: dict[str, JSON] = {}
+    seen = {id(module): (prefix[:-1], module)} if seen is None else seen
+    for name, hook in hooks_of(module).items():
+        describe(hook, prefix + name, facts, seen)
     return facts
 
 
@@ -154,11 +160,13 @@ def own_facts(encoder: nn.Module, besides: Collection[str]) -> dict[str, JSON]:
     seen: _Seen = {id(submodule): (path, submodule) for path, submodule in reversed(list(named_modules(encoder)))}
     facts: dict[str, JSON] = {}
     tensors = {**dict(encoder.named_parameters(recurse=False)), **dict(encoder.named_buffers(recurse=False))}
+    library = is_library(type(encoder))
     for name, value in attributes(encoder).items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif not is_ignored(name):
-            describe(value, name, facts, seen)
+        elif not is_ignored(name, value, library=library):
+            describe(value, name, facts, seen, ordered=not library)
+    facts.update(hook_facts(encoder, "", seen))
     if tensors:
         facts.update(weight_facts(tensors))
     for name, child in encoder.named_children():
@@ -208,20 +216,27 @@ def weight_facts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, J
     Returns:
         "weights.<name>": digest for every tensor, and "dtype": the floating dtypes joined by "+".
     """
-    digests: dict[tuple[Any, ...], str] = {}
+    digests: dict[int, str] = {}
     facts: dict[str, JSON] = {}
     for name, tensor in tensors.items():
-        key = (id(tensor),)
-        if key not in digests:
-            digests[key] = tensor_digest(tensor)
-        facts[f"weights.{prefix}{name}"] = digests[key]
+        if id(tensor) not in digests:
+            digests[id(tensor)] = tensor_digest(tensor)
+        facts[f"weights.{prefix}{name}"] = digests[id(tensor)]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
     if dtypes:
         facts[f"{prefix}dtype"] = "+".join(sorted(dtypes))
     return facts
 
 
-def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None = None, depth: int = 0) -> None:
+def describe(
+    value: Any,
+    name: str,
+    facts: dict[str, JSON],
+    seen: _Seen | None = None,
+    depth: int = 0,
+    *,
+    ordered: bool = True,
+) -> None:
     """Add the facts of one attribute, whatever it is.
 
     Args:
@@ -231,15 +246,20 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None =
         seen: Objects that need no second description, by id. A second place is told by the name of the first; a way
             back to what holds the value is not told.
         depth: How deep the value lies; below 8 levels only classes are named.
+        ordered: Whether the order of a mapping counts, as it does for the user's own; libraries write theirs anyhow.
     """
     seen = {} if seen is None else seen
     if isinstance(value, _IGNORED_TYPES):
         return
     try:
-        facts[name] = compact(to_json(value))
-        return
+        plain = to_json(value)
     except TypeError:
-        pass
+        plain = readable(value)
+    if plain is not None or value is None:
+        facts[name] = compact(plain)
+        if ordered and (order := key_order(plain)) is not None:
+            facts[f"{name}.order"] = compact(order)
+        return
     if id(value) in seen:
         first, _ = seen[id(value)]
         if isinstance(value, Tensor):  # tied or not, what counts are the values
@@ -254,6 +274,9 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None =
     elif isinstance(value, np.ndarray):
         if value.dtype.kind in "biufc":
             facts[f"weights.{name}"] = tensor_digest(torch.from_numpy(np.ascontiguousarray(value)))
+        elif value.dtype.kind in "mM":  # times: whole numbers in the unit that the dtype names
+            facts[name] = str(value.dtype)
+            facts[f"weights.{name}"] = tensor_digest(torch.from_numpy(np.ascontiguousarray(value).view(np.int64)))
         else:
             describe(value.tolist(), name, facts, seen, depth + 1)
     elif depth >= _DEPTH:
@@ -263,13 +286,17 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None =
         facts.update(module_facts(value, f"{name}."))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            describe(inner, f"{name}.{key}", facts, seen, depth + 1)
+            describe(inner, f"{name}.{key}", facts, seen, depth + 1, ordered=ordered)
+        keys: list[JSON] = [str(key) for key in value]
+        if ordered and keys != sorted(map(str, value)):
+            facts[f"{name}.order"] = compact(keys)
     elif isinstance(value, list | tuple | set | frozenset):
-        for index, inner in enumerate(value):
-            describe(inner, f"{name}.{index}", facts, seen, depth + 1)
+        listed = value if isinstance(value, list | tuple) else _in_order(value, name, seen, depth)
+        for index, inner in enumerate(listed):
+            describe(inner, f"{name}.{index}", facts, seen, depth + 1, ordered=ordered)
     elif hasattr(value, "encode_batch") or hasattr(value, "convert_tokens_to_ids"):
         facts.update(tokenizer_facts(value, f"{name}."))
-    elif callable(getattr(value, "to_dict", None)):
+    elif callable(getattr(value, "to_dict", None)) and (is_library(type(value)) or hasattr(value, "to_diff_dict")):
         facts[name] = type(value).__name__
         # A configuration of transformers, else a processor; the defaults of a processor are part of what it does.
         flatten(read_config(value) if hasattr(value, "to_diff_dict") else value.to_dict(), name, facts)
@@ -280,10 +307,26 @@ def describe(value: Any, name: str, facts: dict[str, JSON], seen: _Seen | None =
         facts[name] = code_name(value)
         _describe_function(value, name, facts, seen, depth)
     else:
-        facts[name] = code_name(type(value))
-        for inner_name, inner in attributes(value).items():
-            if not is_ignored(inner_name):
-                describe(inner, f"{name}.{inner_name}", facts, seen, depth + 1)
+        _describe_object(value, name, facts, seen, depth)
+
+
+def _describe_object(value: Any, name: str, facts: dict[str, JSON], seen: _Seen, depth: int) -> None:
+    """Add an object's class, its attributes, and what it holds beside them."""
+    library = is_library(type(value))
+    facts[name] = code_name(type(value))
+    for part, inner in {**own_attributes(value), **state_of(value)}.items():
+        describe(inner, f"{name}.{part}", facts, seen, depth + 1, ordered=not library)
+
+
+def _in_order(values: Collection[Any], name: str, seen: _Seen, depth: int) -> list[Any]:
+    """Sort a set by what its members are described as: their own order differs from process to process."""
+
+    def described(value: Any) -> str:
+        facts: dict[str, JSON] = {}
+        describe(value, name, facts, dict(seen), depth + 1)
+        return json.dumps(facts, sort_keys=True)
+
+    return sorted(values, key=described)
 
 
 def _describe_function(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quatcache.encoders.facts import adapter_facts, describe, foreign_facts, module_facts, weight_facts
+from quatcache.encoders.facts import adapter_facts, describe, foreign_facts, hook_facts, module_facts, weight_facts
 from quatcache.encoders.serialised import JSON, flatten, read_config, tokenizer_facts
 from quatcache.encoders.weights import package_of, tensors_in
 
@@ -129,7 +129,7 @@ def chain_facts(model: nn.Module) -> dict[str, JSON]:
     for index, (path, module) in enumerate(model.named_children()):
         label = names[index].lower() if names.count(names[index]) == 1 else f"{names[index].lower()}_{index}"
         facts.update(_module_in_chain(module, label, "" if index == 0 else f"{label}.", f"{path}.", tensors))
-    return {**facts, **weight_facts(tensors), "modules": list(names)}
+    return {**facts, **hook_facts(model), **weight_facts(tensors), "modules": list(names)}
 
 
 def _module_in_chain(module: Any, label: str, prefix: str, path: str, tensors: dict[str, Tensor]) -> dict[str, JSON]:
@@ -142,7 +142,7 @@ def _module_in_chain(module: Any, label: str, prefix: str, path: str, tensors: d
         path: Begins the names of its tensors, with its dot.
         tensors: Receives the tensors; their names do not depend on how a version calls the model inside.
     """
-    facts: dict[str, JSON] = {}
+    facts = hook_facts(module, f"{label}.")
     inner = getattr(module, "auto_model", None)
     routes = getattr(module, "sub_modules", None)
     if isinstance(inner, nn.Module):
@@ -165,6 +165,7 @@ def _module_in_chain(module: Any, label: str, prefix: str, path: str, tensors: d
         return module_facts(module, path)
     else:
         tensors.update((path + name, tensor) for name, tensor in module.state_dict(keep_vars=True).items())
+        facts.update(foreign_facts(module, f"{label}."))
         if getattr(module, "tokenizer", None) is not None:
             describe(module.tokenizer, f"{prefix}tokenizer", facts)
     length = getattr(module, "max_seq_length", None)

@@ -10,6 +10,7 @@ import enum
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,24 +21,55 @@ __all__ = ["JSON", "compact", "flatten", "is_ignored", "read_config", "to_json",
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
-# Names that say where from, where, or how fast; never what.
+# Names that say where, or how fast; never what.
 _IGNORED = frozenset(
     {
-        *("architectures", "auto_map", "batch_size", "cache_dir", "cache_folder", "device", "devices"),
-        *("feature_extractor_type", "gradient_checkpointing", "id2label", "image_processor_type", "initializer_factor"),
-        *("initializer_range", "label2id", "learning_rate", "log_level", "lr"),
-        *("num_workers", "output_attentions", "output_hidden_states", "problem_type", "processor_class", "return_dict"),
-        *("tokenizer_file", "torch_dtype", "trainable", "training", "transformers_version", "use_cache", "verbose"),
-        *("video_processor_type", "vocab_file", "warnings_issued", "weight_decay"),
+        *("batch_size", "cache_dir", "cache_folder", "device", "devices", "gradient_checkpointing", "learning_rate"),
+        *("log_level", "lr", "num_workers", "trainable", "training", "verbose", "weight_decay"),
     }
 )
-_IGNORED_ENDINGS = ("path", "_dir", "folder")
+# Names that transformers and its relatives give to what says where from, or acts elsewhere than in the output.
+_IGNORED_IN_LIBRARIES = frozenset(
+    {
+        *("architectures", "auto_map", "feature_extractor_type", "id2label", "image_processor_type"),
+        *("initializer_factor", "initializer_range", "label2id", "output_attentions", "output_hidden_states"),
+        *("problem_type", "processor_class", "return_dict", "tokenizer_file", "torch_dtype", "transformers_version"),
+        *("use_cache", "video_processor_type", "vocab_file", "warnings_issued"),
+    }
+)
+_PLACES = ("path", "_dir", "folder")
+_FILES = frozenset({"tokenizer_file", "vocab_file"})
 _INLINE = 200
 
 
-def is_ignored(name: str) -> bool:
-    """Tell whether an attribute or entry of this name says nothing about the output, or is private."""
-    return name.startswith("_") or name in _IGNORED or name.endswith(_IGNORED_ENDINGS)
+def is_ignored(name: str, value: Any = None, *, library: bool = True, private: bool = False) -> bool:
+    """Tell whether an attribute or entry says nothing about the output, or is private.
+
+    Args:
+        name: Its name.
+        value: Its value; needed for an object that is no library's.
+        library: Whether the object that holds it is of a library known by name. Elsewhere "xpath" may be anything: a
+            name like that is a place only if something is there.
+        private: Whether names with an underscore count; those with two at both ends never do.
+
+    Example:
+        >>> is_ignored("xpath"), is_ignored("xpath", "//title", library=False), is_ignored("lr", 0.1, library=False)
+        (True, False, True)
+    """
+    if name.startswith("__" if private else "_") or name in _IGNORED:
+        return True
+    if library:
+        return name in _IGNORED_IN_LIBRARIES or name.endswith(_PLACES)
+    if name.endswith(_PLACES) or name in _FILES:
+        return isinstance(value, str) and (name.endswith("name_or_path") or _exists(value))
+    return False
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long for a name, or a null character
+        return False
 
 
 def to_json(value: Any) -> JSON:

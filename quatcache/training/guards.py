@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import time
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,28 +13,49 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from quatcache.encoders import Encoder
-from quatcache.encoders.weights import tensor_digest
+from quatcache.encoders.weights import named_modules, named_tensors, tensor_digest
 from quatcache.errors import ConfigError, ModelDefinitionError, NotFrozenError, shorten
 from quatcache.training.lightning import LIGHTNING_PACKAGES, LightningModule, Trainer
 
 __all__ = ["FrozenGuard", "encoders_of", "leave_to_ranks", "refuse_transfer_hooks"]
 
+SHARE_OF_TIME = 0.01
+"""Of the time of a fit, digesting the weights of encoders on the CPU takes at most so much."""
+
 
 class FrozenGuard:
-    """Notices that cached encoders were unfrozen or written to while a model trains.
+    """Notices that cached encoders were unfrozen or changed while a model trains.
+
+    What is compared are the values of all tensors, those in plain attributes included, and the classes of all modules.
+    A tensor is digested anew if it is another one, was moved, or was written to in a way that autograd sees. A write
+    through ``.data`` or numpy leaves no trace: so tensors on the CPU are all digested from time to time as well, as
+    often as :data:`SHARE_OF_TIME` allows. On an accelerator that would mean copying, and is left.
 
     Args:
         encoders: The cached encoders by name.
+        time_func: Clock in seconds.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder]) -> None:
+    def __init__(self, encoders: Mapping[str, Encoder], time_func: Callable[[], float] = time.monotonic) -> None:
         """Remember nothing yet."""
         self._encoders = encoders
-        self._known: dict[str, tuple[int, tuple[str, ...]]] = {}
+        self._known: dict[str, _Look] = {}
+        self._time = time_func
+        self._cost = 0.0  # seconds that digesting all tensors took
+        self._since = 0.0  # when that was
 
     def remember(self) -> None:
-        """Take the encoders as they are now for those that made the rows."""
-        self._known = {name: (_writes(encoder), _digests(encoder)) for name, encoder in self._encoders.items()}
+        """Take the encoders as they are now for those that made the rows.
+
+        Raises:
+            NotFrozenError: Rows were made before, by an encoder that has changed since.
+        """
+        self.check_unchanged()
+        if not self._known:
+            started = self._time()
+            self._known = {name: _look(encoder, None, thorough=True) for name, encoder in self._encoders.items()}
+            self._since = self._time()
+            self._cost = self._since - started
 
     def unfrozen(self) -> tuple[str, str] | None:
         """Find an encoder that was unfrozen: its rows would stay what they were.
@@ -46,35 +70,77 @@ class FrozenGuard:
         return None
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with an encoder whose weights have other values than at the fill.
+        """Refuse to go on with an encoder that has other weights or other modules than at the fill.
 
         Raises:
             NotFrozenError: They have.
         """
-        for name, (writes, digests) in self._known.items():
-            encoder = self._encoders[name]
-            now = _writes(encoder)
-            if now == writes:
-                continue
-            if _digests(encoder) != digests:
+        started = self._time()
+        thorough = (started - self._since) * SHARE_OF_TIME >= self._cost
+        for name, known in self._known.items():
+            now = _look(self._encoders[name], known, thorough)
+            changed = [f"weight {path!r}" for path in known.digests if now.digests.get(path) != known.digests[path]]
+            changed += [f"weight {path!r}" for path in now.digests if path not in known.digests]
+            changed += [f"module {path!r}" for path in {**known.classes, **now.classes}
+                        if known.classes.get(path) is not now.classes.get(path)]  # fmt: skip
+            if changed:
                 raise NotFrozenError(
-                    f"the weights of encoder {name!r} were changed after its rows were cached; change them before the "
-                    "fit, or return None from configure_caches()."
+                    f"the weights of encoder {name!r} were changed after its rows were cached ({changed[0]}"
+                    f"{f' and {len(changed) - 1} more' if changed[1:] else ''}); change them before the fit, or return "
+                    "None from configure_caches()."
                 )
-            self._known[name] = now, digests  # written with the same values, as by loading a checkpoint
+            self._known[name] = now  # the same values, but perhaps written or moved, as by loading a checkpoint
+        if thorough:
+            self._since = self._time()
+            self._cost = self._since - started
 
 
-def _writes(encoder: Encoder) -> int:
-    """Count the writes to an encoder's tensors, as autograd does: it costs nothing to ask."""
-    return sum(tensor._version for tensor in _tensors(encoder) if not tensor.is_inference())
+@dataclass(frozen=True)
+class _Mark:
+    """A tensor and the writes to it, as autograd counts them."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    address: int
+
+    def stands(self, tensor: torch.Tensor) -> bool:
+        """Whether this is the same tensor, at the same place, and no write was counted."""
+        return self.tensor() is tensor and (self.version, self.address) == (tensor._version, tensor.data_ptr())
 
 
-def _digests(encoder: Encoder) -> tuple[str, ...]:
-    return tuple(tensor_digest(tensor) for tensor in _tensors(encoder))
+@dataclass(frozen=True)
+class _Look:
+    """An encoder at one time: by path the digests and marks of its tensors, and the classes of its modules."""
+
+    digests: dict[str, str]
+    marks: dict[str, _Mark]
+    classes: dict[str, type]
 
 
-def _tensors(encoder: Encoder) -> tuple[torch.Tensor, ...]:
-    return (*encoder.parameters(), *encoder.buffers())
+def _look(encoder: Encoder, before: _Look | None, thorough: bool) -> _Look:
+    """Digest the tensors of an encoder, except for those that are marked as they were before.
+
+    Args:
+        encoder: The encoder.
+        before: The look before; None: there is none.
+        thorough: Digest tensors on the CPU whatever their marks say.
+    """
+    digests, marks = {}, {}
+    for path, tensor in named_tensors(encoder).items():
+        markable = not tensor.is_inference() and tensor.layout is torch.strided
+        stands = before is not None and path in before.marks and markable and before.marks[path].stands(tensor)
+        if before is not None and stands and not (thorough and _is_cheap(tensor)):
+            digests[path] = before.digests[path]
+        else:  # tensors of inference mode have no version, which remembering digests on an accelerator needs
+            digests[path] = tensor_digest(tensor.cpu() if tensor.is_inference() else tensor)
+        if markable:
+            marks[path] = _Mark(weakref.ref(tensor), tensor._version, tensor.data_ptr())
+    return _Look(digests, marks, {path: type(module) for path, module in named_modules(encoder)})
+
+
+def _is_cheap(tensor: torch.Tensor) -> bool:
+    """Whether digesting a tensor copies nothing."""
+    return tensor.device.type == "cpu"
 
 
 def encoders_of(module: LightningModule) -> MutableMapping[str, Any]:

@@ -29,6 +29,7 @@ class Receipt:
         self._report = report
         self._gatherer = gatherer
         self._start: tuple[float, Counter[str]] | None = None
+        self._served: Counter[str] = Counter()
 
     def begin_epoch(self) -> None:
         """Note when a training epoch starts."""
@@ -40,17 +41,25 @@ class Receipt:
             return
         started, served = self._start
         self._report.epoch_seconds.append(time.monotonic() - started)
-        for name, report in self._report.encoders.items():
-            report.served += self._gatherer.served[name] - served[name]
+        for name, total in self._gatherer.served.items():
+            self._served[name] += total - served[name]
         self._start = None
+        self._tell()
+
+    def _tell(self) -> None:
+        """Put the sums into the report: the report of an encoder is made anew when loaders are reloaded."""
+        for name, report in self._report.encoders.items():
+            report.served = self._served[name]
 
     def log(self) -> None:
         """Give the loggers of the trainer what the cache did."""
+        self._tell()
         for logger in self._trainer.loggers if self._report.encoders else ():
             logger.log_metrics(self._report.metrics(), step=self._trainer.global_step)
 
     def show(self) -> None:
         """Show what the cache did, where somebody looks."""
+        self._tell()
         if self._report.encoders and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None:
             console = Console(highlight=False)
             console.print(self._report.table())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["CacheReport", "EncoderReport", "readable_size", "readable_time"]
 
@@ -100,10 +101,15 @@ class CacheReport:
 
     @property
     def break_even_epoch(self) -> int | None:
-        """The first epoch after which fill and cached epochs took less time than uncached ones; None: not known."""
+        """The first epoch after which fill and cached epochs took less time than uncached ones; None: not known.
+
+        Nor is there one where encoding takes too little to be seen beside the rest of an epoch.
+        """
         if self.uncached_epoch is None or self.cached_epoch is None:
             return None
-        return math.floor(self.fill_seconds / (self.uncached_epoch - self.cached_epoch)) + 1
+        won = self.uncached_epoch - self.cached_epoch
+        epochs = self.fill_seconds / won if won > 0 else math.inf
+        return math.floor(epochs) + 1 if math.isfinite(epochs) else None
 
     def metrics(self) -> dict[str, float]:
         """Give the numbers that a logger gets, each as ``cache/...``; what is not known is left out.
@@ -135,7 +141,7 @@ class CacheReport:
             table.add_column(name, justify="right")
         for one in self.encoders.values():
             counts = (f"{number:,}" for number in (one.encoded, one.hits, one.duplicates))
-            table.add_row(one.name, one.tier, f"{one.rows:,}", readable_size(one.nbytes), *counts)
+            table.add_row(Text(one.name), one.tier, f"{one.rows:,}", readable_size(one.nbytes), *counts)
         return table
 
     def gain(self) -> str:
@@ -151,6 +157,7 @@ class CacheReport:
             parts.append(f"an epoch {readable_time(self.cached_epoch)}")
         if self.uncached_epoch is not None:
             parts[-1] += f", without the cache about {readable_time(self.uncached_epoch)}"
+        if self.break_even_epoch is not None:
             parts.append(f"ahead after epoch {self.break_even_epoch}")
         return "; ".join(parts)
 

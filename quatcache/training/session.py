@@ -187,6 +187,7 @@ class CacheSession:
                 fresh.setdefault(id(loader.dataset), (loader, name))
         if not fresh:
             return
+        self.guard.check_unchanged()  # a reload hook may bring data after weights were changed
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
             fills = self._fill(fresh)

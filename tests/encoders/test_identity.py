@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import copy
+import datetime
+import decimal
 import enum
+import fractions
 import functools
 import importlib.util
 import json
+import operator
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -874,3 +882,206 @@ def test_identity_without_weights_in_memory_is_refused():
     encoder.table = torch.ones(2, 2, device="meta")
     with pytest.raises(ModelDefinitionError, match="meta"):
         identify(encoder)
+
+
+# --- objects without attributes, hooks, names, order ---
+
+
+class Holder(Encoder):
+    """One setting, under any name."""
+
+    embedding_size = 2
+
+    def __init__(self, value=None, name="value"):
+        setattr(self, name, value)
+        self.layer = nn.LayerNorm(2)
+
+
+class Interval:
+    """A private memo, in a slot of the user's own."""
+
+    __slots__ = ("_memo", "size")
+
+    def __init__(self, size, memo=0):
+        self.size, self._memo = size, memo
+
+
+WITHOUT_ATTRIBUTES = {
+    "pattern": (re.compile("[aeiou]"), re.compile("[0-9]")),
+    "flags_of_a_pattern": (re.compile("a"), re.compile("a", re.IGNORECASE)),
+    "item_getter": (operator.itemgetter("title"), operator.itemgetter("body")),
+    "attribute_getter": (operator.attrgetter("title"), operator.attrgetter("body")),
+    "method_caller": (operator.methodcaller("split", sep=","), operator.methodcaller("split", sep=";")),
+    "getter_in_a_collate_object": (Interval(operator.itemgetter("a")), Interval(operator.itemgetter("b"))),
+    "deque": (collections.deque([1]), collections.deque([2])),
+    "limit_of_a_deque": (collections.deque([1]), collections.deque([1], maxlen=3)),
+    "range": (range(3), range(4)),
+    "slice": (slice(0, 3), slice(0, 4)),
+    "complex": (1 + 2j, 1 + 3j),
+    "date": (datetime.date(2020, 1, 1), datetime.date(2021, 1, 1)),
+    "time_with_a_zone": tuple(datetime.datetime(2020, 1, 1, hour, tzinfo=datetime.timezone.utc) for hour in (1, 2)),
+    "timedelta": (datetime.timedelta(1), datetime.timedelta(2)),
+    "decimal": (decimal.Decimal("1.5"), decimal.Decimal("1.50")),
+    "fraction": (fractions.Fraction(1, 2), fractions.Fraction(1, 3)),
+    "bytearray": (bytearray(b"a"), bytearray(b"b")),
+    "array_of_dates": (np.array(["2020-01-01"], "M8[D]"), np.array(["2021-01-01"], "M8[D]")),
+    "unit_of_an_array_of_times": (np.array([1], "m8[s]"), np.array([1], "m8[ns]")),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ATTRIBUTES)
+def test_object_without_attributes_counts(name):
+    one, other = WITHOUT_ATTRIBUTES[name]
+    assert identify(Holder(one)) == identify(Holder(copy.deepcopy(one)))
+    assert any(
+        line.startswith(("value", "weights differ in value"))
+        for line in identify(Holder(one)).differences(identify(Holder(other)))
+    )
+
+
+def test_value_of_the_standard_library_is_shown_as_it_is_written():
+    one, other = (identify(Holder(datetime.date(year, 1, 1))) for year in (2020, 2021))
+    assert one.differences(other) == ['value "datetime.date(2020, 1, 1)" -> "datetime.date(2021, 1, 1)"']
+
+
+def test_what_cannot_be_copied_and_private_slots_do_not_count():
+    assert identify(Holder(threading.Lock())) == identify(Holder(threading.Lock()))
+    assert identify(Holder(Interval(1, memo=1))) == identify(Holder(Interval(1, memo=2)))
+
+
+def test_pool_that_was_used_is_the_same():
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        before = identify(Holder(pool))
+        pool.submit(int).result()
+        assert identify(Holder(pool)) == before
+
+
+def doubled(module, arguments, output):
+    return output * 2
+
+
+def hooked(before_forward, factor):
+    encoder = Holder()
+    if before_forward:
+        encoder.layer.register_forward_pre_hook(lambda module, arguments: (arguments[0] * factor,))
+    else:
+        encoder.layer.register_forward_hook(lambda module, arguments, output: output * factor)
+    return identify(encoder)
+
+
+@pytest.mark.parametrize("before_forward", [True, False])
+def test_forward_hooks_count_with_what_they_hold(before_forward):
+    name = "layer.forward_pre_hook.0" if before_forward else "layer.forward_hook.0"
+    (line, *_) = identify(Holder()).differences(hooked(before_forward, 2))
+    assert line.startswith(f"{name} (none) -> ")
+    assert hooked(before_forward, 2) == hooked(before_forward, 2)
+    assert hooked(before_forward, 2).differences(hooked(before_forward, 3)) == [f"{name}.factor 2 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (lambda encoder: encoder, ""),
+        (lambda encoder: encoder.model, ""),
+        (lambda encoder: encoder.model[1], "pooling."),
+        (lambda encoder: encoder.model[0].auto_model.encoder.layer[3], "transformer.encoder.layer.3."),
+    ],
+)
+def test_hooks_inside_a_library_model_count(own_minilm, original, place, name):
+    encoder = adapt(own_minilm)
+    handle = place(encoder).register_forward_hook(doubled)
+    (line,) = original.differences(identify(encoder))
+    assert line.startswith(f"{name}forward_hook.0 (none) -> ")
+    handle.remove()
+    assert identify(encoder) == original
+
+
+def test_hooks_of_the_libraries_do_not_count():
+    encoder = Holder()
+    before = identify(encoder)
+    encoder.layer.register_forward_hook(functools.partial(torch.nn.functional.layer_norm))
+    assert identify(encoder) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["xpath", "json_path", "text_dir", "output_hidden_states", "problem_type", "label2id", "vocab_file"]
+)
+def test_names_that_libraries_leave_out_count_in_the_users_own(name, tmp_path):
+    one, other = (identify(Holder(value, name)) for value in ("//title", "//body"))
+    assert one.differences(other) == [f'{name} "//title" -> "//body"']
+    (tmp_path / "there").touch()
+    places = [identify(Holder(str(place), name)) for place in (tmp_path, tmp_path / "there")]
+    assert (places[0] == places[1]) is (name in {"xpath", "json_path", "text_dir", "vocab_file"})
+
+
+@pytest.mark.parametrize("name", ["lr", "device", "model_name_or_path", "num_workers"])
+def test_names_of_training_and_origin_do_not_count_in_the_users_own(name):
+    assert identify(Holder("one", name)) == identify(Holder("other", name))
+
+
+def test_order_of_a_mapping_counts():
+    one, other = identify(Holder({"a": 1, "b": 2})), identify(Holder({"b": 2, "a": 1}))
+    assert one.differences(other) == ['value.order (none) -> ["b", "a"]']
+    nested = [identify(Holder([{"a": 1, "b": inner}])) for inner in ({"x": 1, "y": 2}, {"y": 2, "x": 1})]
+    assert nested[0] != nested[1]
+    functions = [identify(Holder(value)) for value in ({"a": doubled, "b": 1}, {"b": 1, "a": doubled})]
+    assert functions[0].differences(functions[1]) == ['value.order (none) -> ["b", "a"]']
+
+
+def test_order_in_a_configuration_of_a_library_does_not_count(minilm):
+    def build(words):
+        config = copy.deepcopy(minilm[0].auto_model.config)
+        config.rope = words
+        module = nn.Module()
+        module.config = config
+        return identify(ModuleEncoder(module, stack_floats, 1))
+
+    assert build({"a": 1, "b": 2}) == build({"b": 2, "a": 1})
+    assert build({"a": 1, "b": 2}) != build({"a": 1, "b": 3})
+
+
+def test_private_state_of_an_installed_package_counts():
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+
+    def build(documents):
+        return identify(Holder(text.TfidfVectorizer(vocabulary=["a1", "b1"]).fit(documents)))
+
+    assert build(["a1 b1", "a1"]) == build(["a1 b1", "a1"])
+    lines = build(["a1 b1", "a1"]).differences(build(["a1 b1", "b1"]))
+    assert lines
+    assert all("_tfidf" in line for line in lines)
+
+
+def test_table_of_pandas_counts_and_is_the_same_after_use():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"_a": [1.0, 2.0]}, index=["x", "y"])
+    before = identify(Holder(table))
+    table.loc["x"], table.index.get_loc("y"), table["_a"].sum()
+    assert identify(Holder(table)) == before
+    table.loc["x", "_a"] = 3.0
+    assert identify(Holder(table)) != before
+
+
+def test_sets_of_functions_are_the_same_in_every_process(tmp_path):
+    script = tmp_path / "sets.py"
+    script.write_text(
+        "from quatcache.encoders import Encoder, identify\n"
+        "import math\n"
+        "class Sets(Encoder):\n    embedding_size = 1\n"
+        "encoder = Sets()\n"
+        "encoder.steps = {math.sin, math.cos, math.tan, math.exp}\n"
+        "encoder.pairs = frozenset((step, name) for step in encoder.steps for name in 'abc')\n"
+        "print(identify(encoder).digest)\n"
+    )
+    path = os.pathsep.join([str(Path.cwd()), *sys.path])
+    runs = [
+        subprocess.run(
+            [sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+        )
+        for seed in ("1", "2", "3")
+    ]
+    assert len({run.stdout for run in runs}) == 1

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_looking_and_checking_change_nothing(tmp_path):
     flip(damaged / MANIFEST_NAME)
     lost = store_rows(tmp_path, THREE)
     (lost / MANIFEST_NAME).unlink()
+    set_age(lost, DAY)
     store_table(tmp_path)
     before = picture(tmp_path)
     assert len(inspect_cache(tmp_path).findings) == 2
@@ -258,11 +260,23 @@ def test_flipped_byte_of_an_index_table_is_found(tmp_path, place):
 def test_shards_without_their_manifest_are_judged_alone(tmp_path):
     home = store_rows(tmp_path, numbers=tuple(range(6)), commits=3)
     (home / MANIFEST_NAME).unlink()
+    set_age(home, DAY)
     assert only_finding(tmp_path).path == home / MANIFEST_NAME
     flip(shards(home)[2])
     findings = check(tmp_path).findings
     assert [found.path.name for found in findings] == [MANIFEST_NAME, shards(home)[2].name]
     assert "own digest" in findings[1].reason
+
+
+def test_first_commit_of_another_process_is_no_damage(tmp_path):
+    store_rows(tmp_path, TWO)
+    home = store_rows(tmp_path, commits=2)
+    (home / MANIFEST_NAME).unlink()  # the shards are there, the manifest follows
+    summary = inspect_cache(tmp_path)
+    assert [store.digest for store in summary.stores] == [TWO]
+    assert not summary.strays and not check(tmp_path).findings
+    set_age(shards(home)[0], 120, now=time.time())
+    assert only_finding(tmp_path).path == home / MANIFEST_NAME
 
 
 def test_shards_that_are_committed_while_it_checks_are_checked_too(tmp_path):

@@ -21,8 +21,35 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from quatcache import CacheCallback, CacheConfig, Encoder
 from quatcache.data import Batch
+from quatcache.encoders.weights import tensor_digest
 from quatcache.errors import ConfigError, ModelDefinitionError, NotFrozenError, StoreError
+from quatcache.training import guards
+from quatcache.training.guards import FrozenGuard
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts, trainer
+
+
+@pytest.fixture(autouse=True)
+def always_thorough(monkeypatch):
+    """Digest all weights at each look: small fits are over before it would be their turn."""
+    monkeypatch.setattr("quatcache.training.guards.SHARE_OF_TIME", float("inf"))
+
+
+def test_weights_are_digested_as_often_as_their_share_of_time_allows(monkeypatch):
+    monkeypatch.setattr("quatcache.training.guards.SHARE_OF_TIME", 0.01)
+    now = [0.0]
+
+    def tick():
+        now[0] += 1.0
+        return now[0]
+
+    encoder = Linear()
+    guard = FrozenGuard({"default": encoder}, time_func=tick)
+    guard.remember()  # takes a second
+    encoder.linear.weight.data += 1.0
+    guard.check_unchanged()
+    now[0] += 100.0
+    with pytest.raises(NotFrozenError, match=r"linear\.weight"):
+        guard.check_unchanged()
 
 
 class Linear(Encoder):
@@ -115,6 +142,122 @@ def test_weights_that_are_written_after_the_fill_are_noticed():
 
     with pytest.raises(NotFrozenError, match="weights of encoder 'default' were changed after its rows were cached"):
         fit(Writes({"default": Linear()}, CacheConfig()), loader(vectors()))
+
+
+class Scaled(Linear):
+    """A frozen layer, an activation, and a plain tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.activation = nn.ReLU()
+        self.scale = torch.ones(4)
+
+    def forward(self, inputs):
+        return self.activation(super().forward(inputs)) * self.scale
+
+
+def written_in_place(encoder):
+    with torch.no_grad():
+        encoder.linear.weight.add_(1.0)
+
+
+def written_through_data(encoder):
+    encoder.linear.weight.data.add_(1.0)
+
+
+def written_through_numpy(encoder):
+    encoder.linear.bias.numpy()[:] = 7.0
+
+
+def plain_tensor_written(encoder):
+    encoder.scale.mul_(2.0)
+
+
+def layer_swapped(encoder):
+    encoder.linear = nn.Linear(4, 4).requires_grad_(False)
+
+
+def activation_swapped(encoder):
+    encoder.activation = nn.Tanh()
+
+
+def layer_added(encoder):
+    encoder.extra = nn.Linear(4, 4).requires_grad_(False)
+
+
+CHANGES = {
+    written_in_place: "weight 'linear.weight'", written_through_data: "weight 'linear.weight'",
+    written_through_numpy: "weight 'linear.bias'", plain_tensor_written: "weight 'scale'",
+    layer_swapped: "weight 'linear.weight' and 1 more", activation_swapped: "module 'activation'",
+    layer_added: "weight 'extra.weight' and 2 more",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_change_in_the_middle_of_a_fit_is_refused_at_the_next_epoch(change):
+    class Changes(Callback):
+        ended = 0
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.ended += 1
+            change(pl_module.encoders.real()["default"])
+
+    changes = Changes()
+    with pytest.raises(NotFrozenError, match=rf"after its rows were cached \({CHANGES[change]}\)"):
+        fit(Model({"default": Scaled()}, CacheConfig()), loader(vectors()), callbacks=[changes], max_epochs=3)
+    assert changes.ended == 1
+
+
+def test_rows_of_a_changed_encoder_do_not_join_those_before():
+    guard = FrozenGuard({"default": Scaled()})
+    guard.remember()
+    written_through_data(guard._encoders["default"])
+    with pytest.raises(NotFrozenError):
+        guard.remember()
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_same_values_in_another_place_are_no_change(monkeypatch, cheap):
+    monkeypatch.setattr(guards, "_is_cheap", lambda tensor: cheap)
+    encoder = Scaled()
+    guard = FrozenGuard({"default": encoder})
+    guard.remember()
+    encoder.scale = encoder.scale.clone()
+    encoder.linear.weight.data = encoder.linear.weight.data.clone()
+    with torch.no_grad():
+        encoder.linear.bias.copy_(encoder.linear.bias.clone())
+    guard.check_unchanged()
+
+
+def test_tensors_of_an_accelerator_are_digested_only_where_something_was_written(monkeypatch):
+    monkeypatch.setattr(guards, "_is_cheap", lambda tensor: False)
+    digested = []
+    monkeypatch.setattr(guards, "tensor_digest", lambda tensor: digested.append(1) or tensor_digest(tensor))
+    encoder = Scaled()
+    guard = FrozenGuard({"default": encoder})
+    guard.remember()
+    assert len(digested) == 3
+    guard.check_unchanged()
+    assert len(digested) == 3
+    plain_tensor_written(encoder)
+    with pytest.raises(NotFrozenError, match="weight 'scale'"):
+        guard.check_unchanged()
+    assert len(digested) == 4
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_tensors_made_in_inference_mode_are_compared_as_well(monkeypatch, cheap):
+    monkeypatch.setattr(guards, "_is_cheap", lambda tensor: cheap)
+    encoder = Scaled()
+    with torch.inference_mode():
+        encoder.scale = torch.ones(4)
+    guard = FrozenGuard({"default": encoder})
+    guard.remember()
+    guard.check_unchanged()
+    with torch.inference_mode():
+        encoder.scale.mul_(2.0)
+    with pytest.raises(NotFrozenError, match="weight 'scale'"):
+        guard.check_unchanged()
 
 
 @pytest.mark.parametrize(

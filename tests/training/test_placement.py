@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import psutil
 import pytest
 import torch
@@ -120,6 +122,52 @@ def test_free_memory_knows_the_older_kind_of_control_groups(tmp_path):
     files = {"memory__limit_in_bytes": 1000, "memory__usage_in_bytes": 900, "memory__stat": "total_inactive_file 11"}
     group(tmp_path, "memory/docker/1", **files)
     assert free_memory(tmp_path, own) == 111
+
+
+STATISTICS = "anon 5\nfile 60\nactive_file 40\ninactive_file 20"
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory__max": 1000, "memory__current": 900, "memory__stat": STATISTICS}, 160),
+        ({"memory__max": 1000, "memory__current": 30, "memory__stat": STATISTICS}, 1000),
+        ({"memory__max": "max", "memory__high": 500, "memory__current": 400, "memory__stat": STATISTICS}, 160),
+        ({"memory__max": 450, "memory__high": 500, "memory__current": 400, "memory__stat": STATISTICS}, 110),
+        ({"memory__max": 1000, "memory__high": 500, "memory__current": 900, "memory__stat": "inactive_file 1"}, 0),
+        ({"memory__max": 1000, "memory__current": 900, "memory__stat": "a line of five words\ninactive_file x"}, 100),
+        ({"memory__max": 1000, "memory__current": 900}, 100),
+        ({"memory__max": 1000}, 1000),
+    ],
+    ids=[
+        "page cache",
+        "page cache beyond usage",
+        "high",
+        "both",
+        "above high",
+        "malformed",
+        "no statistics",
+        "no usage",
+    ],
+)
+def test_free_memory_counts_page_cache_and_every_limit(tmp_path, files, left):
+    own = tmp_path / "own"
+    own.write_text("0::/job\n")
+    group(tmp_path, "job", **files)
+    assert free_memory(tmp_path, own) == left
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, RuntimeError, NotImplementedError])
+def test_machine_that_tells_nothing_has_what_its_groups_leave_and_refuses_nothing_without(tmp_path, monkeypatch, error):
+    def fail():
+        raise error("/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    assert free_memory(tmp_path, tmp_path / "none") == sys.maxsize
+    own = tmp_path / "own"
+    own.write_text("0::/job\n")
+    group(tmp_path, "job", memory__max=1000, memory__current=900, memory__stat="inactive_file 0")
+    assert free_memory(tmp_path, own) == 100
 
 
 def test_free_memory_without_control_groups_is_that_of_the_machine(tmp_path, monkeypatch):

@@ -92,6 +92,34 @@ def test_pace_that_cannot_be_written_down_harms_nothing(tmp_path, monkeypatch):
     assert model.cache_callback.report.encoded == 20
 
 
+def test_encoding_too_cheap_to_be_seen_has_no_epoch_after_which_it_pays():
+    for pace, epoch in ((1e-20, 1.0), (1e-320, 0.0)):
+        cheap = report(one(pace=pace, served=1), epoch_seconds=[epoch])
+        assert cheap.uncached_epoch is not None and cheap.break_even_epoch is None
+        assert "without the cache about" in cheap.gain() and "ahead" not in cheap.gain()
+        assert "cache/break_even_epoch" not in cheap.metrics()
+
+
+def test_rows_are_counted_through_reloads_of_the_loaders():
+    class Reloads(Model):
+        reloads = 0
+
+        def train_dataloader(self):
+            self.reloads += 1
+            return loader(Texts(texts(40 + self.reloads)))
+
+    model = Reloads(cache=CacheConfig())
+    fit(model, None, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    assert model.reloads > 1
+    assert model.cache_callback.report.encoders["default"].served == sum(41 + epoch for epoch in range(4))
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]x[/red]"])
+def test_name_of_an_encoder_is_no_markup(capsys, name):
+    fit(Model({name: HashingEncoder()}, CacheConfig()), loader(Texts(texts(8))), enable_progress_bar=True, max_epochs=1)
+    assert f"│ {name} " in capsys.readouterr().out
+
+
 def test_loggers_get_the_numbers(tmp_path):
     model = Model(cache=CacheConfig())
     run = fit(model, loader(Texts(texts(40, distinct=30))), logger=CSVLogger(tmp_path, name="", version=""))
@@ -126,7 +154,7 @@ def test_times_are_readable():
 
 
 def test_table_names_each_encoder():
-    columns = {column.header: list(column.cells) for column in report(one(hits=3)).table().columns}
+    columns = {column.header: [str(cell) for cell in column.cells] for column in report(one(hits=3)).table().columns}
     assert columns == {
         "encoder": ["default"], "tier": ["CPU"], "rows": ["90"], "size": ["5.8 kB"], "encoded": ["90"],
         "hits": ["3"], "duplicates": ["10"],
