@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -53,11 +54,15 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     device = torch.device(device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = {"hardware": platform.machine() if device.type == "cpu" else hardware}
+    return known | _versions()
+
+
+@cache  # a process has loaded what it has loaded, whatever is installed or may be read later
+def _versions() -> dict[str, str]:
+    known = {}
     for library in _LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             known[library] = version(library)
-        except PackageNotFoundError:
-            continue
     return known
 
 
