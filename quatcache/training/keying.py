@@ -6,7 +6,7 @@ are never given out there: only the store hands out rows, so workers cannot disa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +21,9 @@ from quatcache.encoders.encoder import Encoder
 from quatcache.errors import KeyTypeError, shorten
 from quatcache.keys import KeyArray, KeyExtractor, content_keys, extracted_keys, index_keys, index_salt
 
-__all__ = ["Chunk", "ChunkReader", "KeyScheme"]
+__all__ = ["Chunk", "ChunkReader", "KeyScheme", "unkeyable"]
+
+TRIED = 8
 
 
 class Chunk(NamedTuple):
@@ -174,3 +176,23 @@ def _uniform_columns(samples: Sequence[ReadSample]) -> tuple[Any, ...]:
         kinds = {getattr(value, "dtype", type(value)) for value in values}
         columns.append(target_column(values) if len(kinds) == 1 else list(values))
     return tuple(columns)
+
+
+def unkeyable(scheme: KeyScheme, readers: Iterable[ChunkReader]) -> str | None:
+    """Find out whether the items of some dataset have no canonical bytes, by looking at its first ones.
+
+    Args:
+        scheme: How an encoder keys items.
+        readers: The datasets.
+
+    Returns:
+        The error that keying raised; None if all is well, or if the user extracts keys.
+    """
+    if scheme.extractor is not None:
+        return None
+    for reader in readers:
+        try:
+            replace(reader, schemes=[scheme]).__getitems__(range(min(TRIED, len(reader))))
+        except KeyTypeError as error:
+            return str(error)
+    return None

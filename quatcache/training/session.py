@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,26 +17,19 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from quatcache.data.batches import BatchReader, CachedColumns
 from quatcache.data.samples import read_sample
-from quatcache.encoders import Encoder, identify
+from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
-from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
-from quatcache.encoders.identity import autocast_of
-from quatcache.encoders.weights import to_device
-from quatcache.errors import LoaderError, NotFrozenError, StoreError
-from quatcache.store import CacheDirectory, DiskStore, RowStore, TensorStore
+from quatcache.errors import LoaderError, NotFrozenError
 from quatcache.training.config import CacheConfig, CacheType
-from quatcache.training.extracted import ExtractedKeys
-from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
+from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.gathering import RowGatherer
 from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, refuse_transfer_hooks
-from quatcache.training.keying import KeyScheme
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader, replace_rows
-from quatcache.training.opening import canary_for, open_rows
 from quatcache.training.placement import Placement, place_rows
-from quatcache.training.progress import fill_progress
 from quatcache.training.receipt import Receipt
 from quatcache.training.report import CacheReport
+from quatcache.training.run_fill import RunFill
 from quatcache.training.sources import LoaderSources
 
 __all__ = ["CacheSession"]
@@ -75,18 +67,8 @@ class CacheSession:
             for name, encoder in sorted(self._real.items())
             if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
         ]
-        self._directory: CacheDirectory | None = None
-        if self._config.save_dir is not None:
-            self._directory = CacheDirectory(
-                self._config.save_dir,
-                verify_checksums=self._config.checksums,
-                memory_map=self._config.memory_map,
-            )
-        self._fills: dict[str, EncoderFill] = {}
-        self._frozen: dict[str, FrozenEncoder] = {}
+        self._fill = RunFill(trainer, module, self._config, self._real, self._cached, self._reader, self.report)
         self._columns: dict[int, CachedColumns] = {}
-        self._kept: list[Any] = []  # datasets stay alive while their ids are keys
-        self._known = 0
         self._datasets: dict[int, DatasetFill] = {}
         self._handed_out: set[int] = set()
         self.sources = LoaderSources(trainer, self._convert)
@@ -94,7 +76,6 @@ class CacheSession:
         self._quiet: list[Any] = []
         self._gather = RowGatherer(self.look)
         self.receipt = Receipt(trainer, self.report, self._gather)
-        self._unwritable: StoreError | None = None
         self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
         if self._cached:
             refuse_transfer_hooks(module, trainer)
@@ -190,9 +171,9 @@ class CacheSession:
         self.guard.check_unchanged()  # a reload hook may bring data after weights were changed
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
-            fills = self._fill(fresh)
+            fills = self._fill.fill(fresh)
         placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
-        for name, encoder in self._fills.items():
+        for name, encoder in self._fill.encoders.items():
             asked = self._config.tier_of(name)
             place = id(encoder.store), asked
             if place not in placed:
@@ -207,130 +188,6 @@ class CacheSession:
         self._swap()
         self.report.fill_seconds += time.monotonic() - started
         logger.info(self.report.line())
-
-    def _fill(self, fresh: dict[int, tuple[DataLoader[Any], str]]) -> dict[int, DatasetFill]:
-        fills = {}
-        for key, (loader, name) in fresh.items():
-            fills[key] = DatasetFill(name, loader.dataset, self._reader, number=self._known)
-            self._kept.append(loader.dataset)
-            self._known += 1
-        if not self._fills:
-            self._open(list(fills.values()))
-        for fill in fills.values():
-            fill.encoders, fill.targets = tuple(self._fills.values()), self.report.labels
-        context = next(iter(fresh.values()))[0].multiprocessing_context
-        if not self._plan(fills) or self._directory is None:
-            self._run(fills, context)
-            return fills
-        shared = {id(encoder.store): encoder.store for encoder in self._fills.values()}  # encoders may share a store
-        stores = [store for store in shared.values() if isinstance(store, DiskStore)]
-        with ExitStack() as lock:
-            try:
-                lock.enter_context(self._directory.filling(stores))
-            except StoreError as error:
-                if not any(len(store) for store in stores):
-                    raise
-                self._unwritable = error  # rows that are there can be read; raised if one must be encoded
-                self._run(fills, context)
-                return fills
-            news = [store.refresh() for store in stores]
-            if any(news):  # another process filled while this one waited
-                self._plan(fills)
-            with ExitStack() as kept:  # what was encoded before an error or Ctrl-C is kept
-                for store in stores:
-                    kept.callback(store.flush)
-                self._run(fills, context)
-            for store in stores:
-                try:
-                    store.compact()
-                except StoreError as error:  # every row is committed: packing can wait for the next run
-                    logger.warning("%s Small shards are left as they are.", error)
-            for encoder in self._fills.values():
-                encoder.note_effort()
-            for fill in fills.values():
-                fill.keep(self._directory)
-        return fills
-
-    def _plan(self, fills: Mapping[int, DatasetFill]) -> int:
-        return sum(fill.plan(self._directory) for fill in fills.values())
-
-    def _run(self, fills: Mapping[int, DatasetFill], context: Any) -> None:
-        for fill in fills.values():
-            fill.verify(len(fills))
-        for encoder in self._fills.values():
-            encoder.conclude()
-        total = sum(fill.to_read for fill in fills.values())
-        shown = total > 0 and self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
-        with fill_progress(total, shown) as advance:
-            for fill in fills.values():
-                fill.run(self._config.batch_size, self._config.num_workers or 0, context, advance)
-        self.report.read += total
-        for fill in fills.values():
-            if fill.targets_reason is not None:
-                self.report.labels, self.report.labels_reason = False, fill.targets_reason
-        for encoder in self._fills.values():
-            if encoder.extracted is not None:
-                encoder.extracted.warn()
-
-    def _open(self, fills: list[DatasetFill]) -> None:
-        """Open a store for every encoder to be cached, and decide on labels."""
-        self.report.labels, self.report.labels_reason = self._config.decide_labels(self._cached, self._real)
-        items, device = sum(len(fill.dataset) for fill in fills), self._module.device
-        stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
-        for name in self._cached:
-            encoder = self._real[name]
-            prove_fixed(name, encoder)
-            scheme = KeyScheme.of(name, encoder, self._config.extractor_of(name))
-            reason = unkeyable(scheme, [fill.chunk_reader for fill in fills])
-            if reason is not None:
-                scheme = scheme.by_index()
-                logger.warning(
-                    "Encoder %r: %s Until then rows are found by index: for this run only, duplicates encoded each.",
-                    name,
-                    reason,
-                )
-            if self._directory is None or reason is not None:
-                own: object = (id(encoder), scheme.salt)
-                stores.setdefault(own, TensorStore(dtype=self._config.storage_dtype, capacity=items))
-            else:
-                identity = identify(encoder, autocast=autocast_of(str(self._trainer.precision)))
-                own = identity.digest
-                if own not in stores:
-                    stores[own] = open_rows(name, identity, self._directory, self._config.storage_dtype, device)
-            self._fills[name] = EncoderFill(
-                name,
-                scheme,
-                stores[own],
-                partial(self._encoder_to_fill, name),
-                encoder.length,
-                extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
-                canary=canary_for(
-                    name,
-                    stores[own],
-                    self._config,
-                    partial(self._frozen_encoder, name),
-                    {tensor.dtype for tensor in encoder.parameters()},
-                    self._trainer,
-                    device,
-                ),
-            )
-
-    def _encoder_to_fill(self, name: str) -> FrozenEncoder:
-        if self._unwritable is not None:
-            raise self._unwritable
-        return self._frozen_encoder(name)
-
-    def _frozen_encoder(self, name: str) -> FrozenEncoder:
-        """Make the real encoder ready, the first time that an item must be encoded."""
-        if name not in self._frozen:
-            precision, device = self._trainer.precision_plugin, self._module.device
-            self._frozen[name] = FrozenEncoder(
-                name,
-                self._real[name],
-                place=lambda inputs: to_device(precision.convert_input(inputs), device),
-                context=precision.forward_context,
-            )
-        return self._frozen[name]
 
     def _swap(self) -> None:
         for name in self._cached:

@@ -57,7 +57,7 @@ def test_what_was_not_measured_is_not_told():
 
 def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
-    monkeypatch.setattr("quatcache.training.fill.time", Ticking(0.5))
+    monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
     model = Model(cache=CacheConfig(batch_size=8))
     fit(model, loader(Texts(texts(40))), loader(Texts(texts(10))), max_epochs=3, limit_train_batches=4)
     found = model.cache_callback.report
@@ -69,7 +69,7 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
 
 def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
-    monkeypatch.setattr("quatcache.training.fill.time", Ticking(0.5))
+    monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
     reports = []
     for count in (40, 40, 80, 80):
         model = Model(cache=CacheConfig(save_dir=tmp_path, batch_size=8))

@@ -16,10 +16,11 @@ from torch.utils.data import BatchSampler, DataLoader
 from quatcache.data.samples import LAYOUTS
 from quatcache.keys import KeyArray, KeyIndex, distinct
 from quatcache.store import Positions, RowStore
-from quatcache.training.fill import DatasetFill
+from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.keying import Chunk
+from quatcache.training.plan.forecast import DatasetPlan
 
-__all__ = ["Counted", "Epoch", "KeysOf", "Rows", "count", "epoch_of", "estimated_distinct", "random_parts", "read_keys"]
+__all__ = ["Epoch", "KeysOf", "Rows", "count", "epoch_of", "estimated_distinct", "random_parts", "read_keys"]
 
 READ_SECONDS = 10.0
 """Reading for keys stops after so long."""
@@ -168,25 +169,6 @@ def random_parts(sizes: Sequence[int], step: int, limit: int | None = None) -> I
             yield place, part[owners == place] - (ends[place] - sizes[place])
 
 
-@dataclass(frozen=True)
-class Counted:
-    """How many items there are of some datasets, for one encoder.
-
-    Attributes:
-        items: All of them.
-        distinct: Distinct ones.
-        rows: Distinct ones that no encoder counted before shares its row with.
-        to_encode: Those of them that are not stored.
-        estimated: Whether the last three come from a sample.
-    """
-
-    items: int
-    distinct: int
-    rows: int
-    to_encode: int
-    estimated: bool
-
-
 class Rows:
     """The rows of one identity: those in its store, and those that encoders counted before will put there.
 
@@ -214,25 +196,27 @@ class Rows:
         return new if self._store is None else new[self._store.missing(new)]
 
 
-def count(datasets: Sequence[KeysOf], encoder: str, rows: Rows) -> Counted:
+def count(name: str, datasets: Sequence[KeysOf], encoder: str, rows: Rows) -> tuple[DatasetPlan, int]:
     """Count the items of some datasets for one encoder, those in index tables and those that were read.
 
     Args:
+        name: For the counts.
         datasets: The datasets.
         encoder: Its name.
         rows: What it shares with other encoders and earlier runs.
+
+    Returns:
+        The counts, and how many distinct items have a row that no encoder counted before has.
     """
     known = np.concatenate([data.in_table(encoder) for data in datasets])
     sampled = np.concatenate([data.sampled(encoder) for data in datasets])
     unread = sum(data.unknown * data.width for data in datasets)
     drawn = len(sampled)
-    return Counted(
-        items=sum(data.items for data in datasets),
-        distinct=round(_distinct(known, sampled, drawn, unread)),
-        rows=round(_distinct(rows.new(known), rows.new(sampled), drawn, unread)),
-        to_encode=round(_distinct(rows.missing(known), rows.missing(sampled), drawn, unread)),
-        estimated=drawn < unread,
-    )
+    items = sum(data.items for data in datasets)
+    total = round(_distinct(known, sampled, drawn, unread))
+    new = round(_distinct(rows.new(known), rows.new(sampled), drawn, unread))
+    to_encode = round(_distinct(rows.missing(known), rows.missing(sampled), drawn, unread))
+    return DatasetPlan(name, items, total, total - to_encode, to_encode, drawn < unread), new
 
 
 def _distinct(known: KeyArray, sampled: KeyArray, drawn: int, unread: int) -> float:

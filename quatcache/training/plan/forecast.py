@@ -34,17 +34,12 @@ class DatasetPlan:
 
 
 @dataclass(frozen=True)
-class EncoderPlan:
-    """One encoder that would be cached, over all datasets: an item of several datasets counts once.
+class EncoderPlan(DatasetPlan):
+    """One encoder that would be cached, with the counts of all datasets: an item of several datasets counts once.
 
     Attributes:
         name: Its name in the model.
-        datasets: The same for each dataset alone.
-        items: Items of all datasets, duplicates included.
-        distinct: Distinct items.
-        stored: Distinct items that have rows already: in ``save_dir``, or made for an encoder of the same identity.
-        to_encode: Distinct items that have none.
-        estimated: Whether the last three were estimated from a sample.
+        datasets: The counts of each dataset alone.
         row_shape: Shape of one row.
         dtype: Dtype in which rows would be stored.
         row_bytes: Bytes of one stored row, without its key.
@@ -59,13 +54,7 @@ class EncoderPlan:
         cached_epoch_seconds: Spent instead on gathering rows.
     """
 
-    name: str
     datasets: tuple[DatasetPlan, ...]
-    items: int
-    distinct: int
-    stored: int
-    to_encode: int
-    estimated: bool
     row_shape: tuple[int, ...]
     dtype: str
     row_bytes: int
@@ -98,8 +87,8 @@ class CachePlan:
 
     Example:
         >>> encoder = EncoderPlan(
-        ...     "default", (), items=1000, distinct=900, stored=0, to_encode=900, estimated=False, row_shape=(384,),
-        ...     dtype="float32", row_bytes=1536, total_bytes=1382400, bytes_by_dtype={"float16": 691200}, tier="CPU",
+        ...     "default", items=1000, distinct=900, stored=0, to_encode=900, estimated=False, datasets=(),
+        ...     row_shape=(384,), dtype="float32", row_bytes=1536, total_bytes=1382400, bytes_by_dtype={"float16": 691200}, tier="CPU",
         ...     tier_reason="it fits", source=None, fill_seconds=9.0, epoch_seconds=10.0, cached_epoch_seconds=0.1,
         ... )
         >>> plan = CachePlan((encoder,), 256, 32, 0.9, None, None, 8_000_000_000, epochs=100)
@@ -218,12 +207,13 @@ class CachePlan:
             "break_even", "break_even_epoch",
         )  # fmt: skip
         content = asdict(self) | {name: getattr(self, name) for name in totals}
-        content["encoders"] = [{**asdict(encoder), "row_shape": list(encoder.row_shape)} for encoder in self.encoders]
-        for encoder in content["encoders"]:
-            encoder["datasets"] = list(encoder["datasets"])
+        content["encoders"] = [
+            {**encoder, "datasets": list(encoder["datasets"]), "row_shape": list(encoder["row_shape"])}
+            for encoder in content["encoders"]
+        ]
         return content
 
 
-def _counts(counted: DatasetPlan | EncoderPlan) -> Sequence[str]:
+def _counts(counted: DatasetPlan) -> Sequence[str]:
     about = "~" if counted.estimated else ""
     return [f"{counted.items:,}", *(f"{about}{n:,}" for n in (counted.distinct, counted.stored, counted.to_encode))]

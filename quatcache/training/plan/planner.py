@@ -28,15 +28,16 @@ from quatcache.errors import ConfigError
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
 from quatcache.training.command_line import command_line
 from quatcache.training.config import CacheConfig, CacheType
+from quatcache.training.dataset_fill import DatasetFill
+from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExtractedKeys
-from quatcache.training.fill import DatasetFill, EncoderFill, unkeyable
 from quatcache.training.guards import encoders_of
-from quatcache.training.keying import KeyScheme
+from quatcache.training.keying import KeyScheme, unkeyable
 from quatcache.training.lightning import LightningDataModule, LightningModule, Trainer, isolate_rng
 from quatcache.training.memory import free_memory
 from quatcache.training.placement import pick_tier
 from quatcache.training.plan.counting import KeysOf, Rows, count, epoch_of, read_keys
-from quatcache.training.plan.forecast import CachePlan, DatasetPlan, EncoderPlan
+from quatcache.training.plan.forecast import CachePlan, EncoderPlan
 from quatcache.training.plan.rehearsal import (
     config_of,
     encoder_as_in,
@@ -46,7 +47,7 @@ from quatcache.training.plan.rehearsal import (
 )
 from quatcache.training.plan.trial import Timed, read_sample_chunks, time_encoder
 
-__all__ = ["CachePlan", "plan", "plan_from_config"]
+__all__ = ["plan", "plan_from_config"]
 
 SAMPLE = 256
 
@@ -263,8 +264,7 @@ class _Planner:
 
     def _part(self, fill: EncoderFill, datasets: Sequence[KeysOf], rows: Rows, timed: Timed) -> EncoderPlan:
         """Put together what was found out about one encoder."""
-        alone = [(data.fill.name, count([data], fill.name, rows)) for data in datasets]
-        together = count(datasets, fill.name, rows)
+        together, new = count(fill.name, datasets, fill.name, rows)
         values = math.prod(timed.row_shape)
         row_bytes = values * timed.stored_dtype.itemsize
         others = {timed.given_dtype, torch.float16, torch.bfloat16} if timed.given_dtype.is_floating_point else set()
@@ -275,27 +275,19 @@ class _Planner:
             tier, reason = pick_tier(placed, self.trainer.strategy.root_device, disk=disk)
         items = sum(data.items_per_epoch for data in datasets)
         return EncoderPlan(
-            fill.name,
-            tuple(
-                DatasetPlan(name, one.items, one.distinct, one.distinct - one.to_encode, one.to_encode, one.estimated)
-                for name, one in alone
-            ),
-            together.items,
-            together.distinct,
-            together.distinct - together.to_encode,
-            together.to_encode,
-            together.estimated,
-            timed.row_shape,
-            _name(timed.stored_dtype),
-            row_bytes,
-            together.rows * row_bytes,
-            {_name(dtype): together.rows * values * dtype.itemsize for dtype in sorted(others, key=_name)},
-            tier.name,
-            reason,
-            str(fill.store.directory) if isinstance(fill.store, DiskStore) else None,
-            together.to_encode * timed.fill,
-            items * timed.uncached,
-            items * timed.cached,
+            **vars(together),
+            datasets=tuple(count(data.fill.name, [data], fill.name, rows)[0] for data in datasets),
+            row_shape=timed.row_shape,
+            dtype=_name(timed.stored_dtype),
+            row_bytes=row_bytes,
+            total_bytes=new * row_bytes,
+            bytes_by_dtype={_name(dtype): new * values * dtype.itemsize for dtype in sorted(others, key=_name)},
+            tier=tier.name,
+            tier_reason=reason,
+            source=str(fill.store.directory) if isinstance(fill.store, DiskStore) else None,
+            fill_seconds=together.to_encode * timed.fill,
+            epoch_seconds=items * timed.uncached,
+            cached_epoch_seconds=items * timed.cached,
         )
 
 

@@ -14,8 +14,8 @@ import torch
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import TensorStore
+from quatcache.training.encoder_fill import WINDOW, EncoderFill
 from quatcache.training.extracted import ExtractedKeys
-from quatcache.training.fill import WINDOW, EncoderFill
 from quatcache.training.keying import Chunk
 from quatcache.training.plan.counting import KeysOf, random_parts
 
