@@ -58,7 +58,12 @@ class CheapModel(TrainableModel):
     def __init__(self, folder: Path, batch_size: int, checksums: bool = True) -> None:
         super().__init__()
         self.config = CacheConfig(
-            CacheType.DISK, batch_size=batch_size, save_dir=folder, checksums=checksums, labels=True
+            CacheType.DISK,
+            batch_size=batch_size,
+            save_dir=folder,
+            checksums=checksums,
+            labels=True,
+            on_miss="error",  # few steps follow, for which rows would be cached as they are met
         )
 
     def configure_encoders(self) -> Encoder:

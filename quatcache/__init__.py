@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quatcache.data import SimilarityGroupSample, SimilarityPairSample
     from quatcache.encoders import Encoder
     from quatcache.errors import QuatcacheError
+    from quatcache.sequences import PaddedSequences
     from quatcache.servable import ServableModel
     from quatcache.training import CacheCallback, CacheConfig, CacheReport, CacheType, TrainableModel
 
@@ -24,6 +25,7 @@ __all__ = [
     "CacheReport",
     "CacheType",
     "Encoder",
+    "PaddedSequences",
     "QuatcacheError",
     "ServableModel",
     "SimilarityGroupSample",
@@ -40,6 +42,7 @@ _HOMES = {
     "CacheReport": "quatcache.training",
     "CacheType": "quatcache.training",
     "Encoder": "quatcache.encoders",
+    "PaddedSequences": "quatcache.sequences",
     "QuatcacheError": "quatcache.errors",
     "ServableModel": "quatcache.servable",
     "SimilarityGroupSample": "quatcache.data",

@@ -34,7 +34,7 @@ import quatcache.encoders
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError, StoreError
-from quatcache.heads import head_from_config, head_to_config
+from quatcache.heads import head_from_config, head_input, head_to_config
 
 __all__ = ["ServableModel"]
 
@@ -44,7 +44,11 @@ _HEAD = "head.safetensors"
 _ENCODERS = "encoders"
 _CUSTOM = "custom"
 # Kinds that can be rebuilt from their files alone; the values are names in quatcache.encoders, imported on first use.
-_KINDS = {"sentence_transformers": "SentenceTransformerEncoder", "transformers": "TransformersEncoder"}
+_KINDS = {
+    "sentence_transformers": "SentenceTransformerEncoder",
+    "transformers": "TransformersEncoder",
+    "lower_layers": "LowerLayersEncoder",
+}
 
 
 class ServableModel(nn.Module):
@@ -120,8 +124,7 @@ class ServableModel(nn.Module):
         Returns:
             What the head makes of the concatenated rows, of shape (B, D).
         """
-        rows = [encoder(inputs[name]) for name, encoder in self.encoders.items()]
-        result: Tensor = self.head(rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1))
+        result: Tensor = self.head(head_input({name: encoder(inputs[name]) for name, encoder in self.encoders.items()}))
         return result
 
     def encode(self, items: Sequence[Any], batch_size: int = 32, show_progress_bar: bool = False) -> Tensor:
@@ -345,5 +348,9 @@ def _load_head(file: Path, config: dict[str, Any] | None, name: str, given: nn.M
         head.load_state_dict(state, assign=True)
     except (RuntimeError, ConfigError) as error:
         reason = " ".join(str(error).split())
+        if given is not None:
+            raise ConfigError(
+                f"the head that was passed does not fit {file} ({reason}); pass a head of the shapes that were saved"
+            ) from error
         raise FormatError(f"{file} does not fit the head {name} ({reason}); save the model again") from error
     return head

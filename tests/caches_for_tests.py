@@ -1,9 +1,13 @@
-"""Cache directories made by hand: stores of given digests, index tables, ages, and pictures of all files."""
+"""Cache directories made by hand: stores of given digests, index tables, ages, pictures of all files, and processes."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -12,6 +16,7 @@ from quatcache.store import CacheDirectory, DatasetTable, DiskStore
 from quatcache.store.manifest import MANIFEST_NAME
 from tests.stores_for_tests import sealed
 
+ROOT = Path(__file__).resolve().parents[1]
 ONE, TWO, THREE = ("1" * 32, "2" * 32, "3" * 32)
 HOUR, DAY = 3600.0, 86400.0
 NOW = 1_800_000_000.0
@@ -40,12 +45,30 @@ def store_rows(root, digest=ONE, numbers=(1, 2, 3), *, dtype=None, rows=None, fa
     return store.directory
 
 
+def add_rows(home, *numbers, rows=None):
+    """Commit rows of more numbers to a store, as another run would."""
+    store = DiskStore(home, home.name)
+    store.put_many(keys_of(*numbers), rows_of(*numbers) if rows is None else rows)
+    store.flush()
+
+
 def store_table(root, numbers=(1, 2, 3), targets=(), *, encoders=("default",), width=1):
     """Write the index table of a dataset of these numbers; give its file."""
     keys = keys_of(*numbers).reshape(-1, width, 2)
     return CacheDirectory(root).write_table(
         DatasetTable(dict.fromkeys(encoders, keys), None if targets is None else tuple(targets), "group")
     )
+
+
+@contextmanager
+def python(code, *arguments):
+    """Run code in a process of its own, with pipes to it; it is killed at the end, if it still runs."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def shards(home):

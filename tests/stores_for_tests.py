@@ -12,6 +12,7 @@ import xxhash
 from cachetools import LRUCache, TTLCache
 
 from quatcache.keys import content_keys
+from quatcache.sequences import PaddedSequences
 from quatcache.store import DiskStore, MemoryStore, TensorStore
 
 DIGEST = "0123456789abcdef" * 2
@@ -69,10 +70,41 @@ class RowCase:
         assert isinstance(values, torch.Tensor)
         return [repr(row) for row in values.tolist()]
 
+    def tensor(self, values):
+        return values
 
-STORES = (
-    "memory", "lru", "ttl", "declining", "tensor", "tensor-float16", "disk", "disk-shards", "disk-reopened", "loaded",
-)  # fmt: skip
+
+class SequenceCase(RowCase):
+    """A row store whose rows are sequences: the number n is n % 4 elements long, and may be none at all."""
+
+    def values(self, numbers):
+        sequences = [self._sequence(number) for number in numbers]
+        width = max(map(len, sequences), default=0) + 1  # a column of padding that no sequence needs
+        values = torch.full((len(sequences), width, 2), 7.25)  # what stands in the padding must come back nowhere
+        mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for place, sequence in enumerate(sequences):
+            values[place, width - len(sequence) :] = sequence  # padded on the left
+            mask[place, width - len(sequence) :] = True
+        return PaddedSequences(values, mask)
+
+    @staticmethod
+    def _sequence(number):
+        steps = torch.arange(float(number % 4))
+        return torch.stack([torch.full_like(steps, NUMBERS[number]), number + steps], dim=1)
+
+    def plain(self, values):
+        assert isinstance(values, PaddedSequences) or not len(values)  # an empty store does not know its kind yet
+        if not len(values):
+            return []
+        return [repr(row[mask].tolist()) for row, mask in zip(values.values, values.mask, strict=True)]
+
+    def tensor(self, values):
+        return values.values
+
+
+ROWS = ("tensor", "tensor-float16", "disk", "disk-shards", "disk-reopened", "loaded")
+SEQUENCES = tuple(f"{name}, sequences" for name in ROWS)
+STORES = ("memory", "lru", "ttl", "declining", *ROWS, *SEQUENCES)
 EXACT = tuple(name for name in STORES if name not in {"lru", "ttl", "declining"})
 
 
@@ -91,18 +123,22 @@ def opened(name, clock=None):
         elif name == "declining":
             sizes = LRUCache(maxsize=5, getsizeof=lambda value: 9 if value in (None, "seven") else 1)
             yield ObjectCase(sizes, keeps_everything=False)
-        elif name == "tensor":
-            yield RowCase(TensorStore())
-        elif name == "tensor-float16":
-            yield RowCase(TensorStore(dtype=torch.float16, capacity=5))
-        elif name == "disk":
-            yield RowCase(DiskStore(path, DIGEST))
-        elif name == "disk-shards":  # every put is a shard of its own
-            yield RowCase(DiskStore(path, DIGEST, shard_bytes=1))
-        elif name == "disk-reopened":
-            yield RowCase(Reopening(path))
         else:
-            yield RowCase(DiskStore(path, DIGEST).load())
+            kind, _, sequences = name.partition(", ")
+            yield (SequenceCase if sequences else RowCase)(row_store(kind, path))
+
+
+def row_store(kind, path):
+    """Make an empty row store of one kind."""
+    if kind == "tensor":
+        return TensorStore()
+    if kind == "tensor-float16":
+        return TensorStore(dtype=torch.float16, capacity=5)
+    if kind == "disk":
+        return DiskStore(path, DIGEST)
+    if kind == "disk-shards":  # every put is a shard of its own
+        return DiskStore(path, DIGEST, shard_bytes=1)
+    return Reopening(path) if kind == "disk-reopened" else DiskStore(path, DIGEST).load()
 
 
 class Reopening:

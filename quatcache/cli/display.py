@@ -5,6 +5,7 @@ Everything that a file says is shown as plain text: neither rich's markup nor a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quatcache.cli.answers import printable
+from quatcache.units import counted, readable_shape
 
 if TYPE_CHECKING:
     from quatcache.store.summaries import CacheSummary, Finding, StoreSummary, Stray, TableSummary
@@ -24,7 +26,6 @@ __all__ = [
     "age",
     "cache_document",
     "class_of",
-    "count",
     "finding_document",
     "grid",
     "short_name",
@@ -88,16 +89,6 @@ def timestamp(seconds: float) -> str:
     return (_EPOCH + timedelta(seconds=within)).isoformat(timespec="seconds")
 
 
-def count(things: Collection[object], what: str) -> str:
-    """Count things for people.
-
-    Example:
-        >>> count(["one"], "store"), count([], "store")
-        ('1 store', '0 stores')
-    """
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
-
-
 def short_name(name: str, names: Iterable[str]) -> str:
     """Cut a digest to its beginning, as long as it needs to be unique; what follows the digest stays.
 
@@ -141,8 +132,8 @@ def show_cache(
     """
     names = [store.path.name for store in summary.stores]
     if whole:
-        counts = f"{count(summary.stores, 'store')}, {count(summary.tables, 'dataset')}, {size(summary.bytes)}"
-        console.print(Text(printable(f"{summary.path}: {counts}")))
+        counts = [counted(len(summary.stores), "store"), counted(len(summary.tables), "dataset"), size(summary.bytes)]
+        console.print(Text(printable(f"{summary.path}: {', '.join(counts)}")))
     if stores:
         headings = ["store", "rows", "row", "size", "shards", "created", "last used"]
         lines = [_store_line(store, names, now) for store in stores]
@@ -154,9 +145,12 @@ def show_cache(
         tables = [table.path.stem for table in summary.tables]
         console.print(grid(headings, [_table_line(table, tables, now) for table in summary.tables], "Datasets"))
     if whole and summary.strays:
-        lines = [[stray.path.relative_to(summary.path), stray.kind, size(stray.bytes), age(now - stray.modified)]
+        from quatcache.store.pruning import is_young
+
+        lines = [[stray.path.relative_to(summary.path), stray.kind, size(stray.bytes), age(now - stray.modified),
+                  "leaves it until it is an hour old" if is_young(stray, now) else "removes it"]
                  for stray in summary.strays]  # fmt: skip
-        console.print(grid(["leftover", "what", "size", "written"], lines, "Leftovers (quatcache cache prune)"))
+        console.print(grid(["leftover", "what", "size", "written", "quatcache cache prune"], lines, "Leftovers"))
     if whole and summary.foreign:
         shown = ", ".join(str(path.relative_to(summary.path)) for path in summary.foreign[:5])
         more = f" and {len(summary.foreign) - 5} more" if len(summary.foreign) > 5 else ""
@@ -170,7 +164,7 @@ def _store_line(store: StoreSummary, names: Collection[str], now: float) -> list
     nbytes, used = size(store.bytes), age(now - store.last_used)
     if manifest is None:
         return [name, "?", store.stored or "?", nbytes, store.shards, "?", used]
-    row = f"{'x'.join(map(str, manifest.row_shape or ()))} {store.stored}".strip()
+    row = f"{readable_shape(manifest.row_shape or (), manifest.longest)} {store.stored}".strip()
     return [name, f"{store.rows:,}", row, nbytes, store.shards, manifest.created[:10], used]
 
 
@@ -219,17 +213,22 @@ def identity_line(store: StoreSummary) -> str:
     for name, value in identity_facts(store.manifest.facts).items():
         told.append(f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     tensors = sum(name.startswith("weights.") for name in store.manifest.facts)
-    return f"{class_of(store)}: {'; '.join([*told, f'{tensors} tensors'])}"
+    return f"{class_of(store)}: {'; '.join([*told, counted(tensors, 'tensor')])}"
 
 
 def show_facts(console: Console, stores: Sequence[StoreSummary]) -> None:
     """Show all facts of identities, and every environment in which their rows were made or found right."""
     for store in stores:
         if store.manifest is not None:
-            facts = store.manifest.facts.items()
+            facts = [(name, _fact(value)) for name, value in store.manifest.facts.items()]
             console.print(grid(["fact", "value"], facts, f"Identity of {store.path.name}"))
             seen = [store.manifest.environment, *store.manifest.verified]
             console.print(grid(["environment"], [[environment] for environment in seen]))
+
+
+def _fact(value: object) -> object:
+    """Write a value as ``explain`` and the log do, texts without quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def show_findings(console: Console, findings: Sequence[Finding], root: Path) -> None:
@@ -281,6 +280,7 @@ def _store_document(store: StoreSummary, root: Path, facts: bool) -> dict[str, A
             "identity": identity_facts(manifest.facts),
             "rows": manifest.rows,
             "row_shape": manifest.row_shape,
+            "longest": manifest.longest,
             "dtype": store.stored,
             "given_dtype": None if manifest.given_dtype is None else str(manifest.given_dtype).removeprefix("torch."),
             "created": manifest.created,

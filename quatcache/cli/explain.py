@@ -12,6 +12,7 @@ from rich.text import Text
 from quatcache.cli.answers import Answer, printable
 from quatcache.cli.display import class_of, short_name
 from quatcache.errors import ConfigError
+from quatcache.units import counted
 
 if TYPE_CHECKING:
     from quatcache.encoders.identity import Identity
@@ -109,10 +110,10 @@ def explain_encoder(summary: CacheSummary, identity: Identity) -> Answer:
 
     def lines() -> Iterator[str]:
         for store in hits:
-            yield f"hit: {store.rows:,} rows in {short_name(store.path.name, names)}, stored as {store.stored}"
+            yield f"hit: {counted(store.rows, 'row')} in {short_name(store.path.name, names)}, stored as {store.stored}"
         if closest is not None:
             name = short_name(closest[1].path.name, names)
-            yield f"miss: no rows; the closest of its class is {name} with {closest[1].rows:,} rows"
+            yield f"miss: no rows; the closest of its class is {name} with {counted(closest[1].rows, 'row')}"
             yield from (f"  against {name}: {line}" for line in closest[0])
         elif not hits:
             classes = ", ".join(sorted({class_of(store) for store in readable})) or "nothing"
@@ -168,7 +169,7 @@ def _explained(store: StoreSummary, earlier: Sequence[StoreSummary]) -> Comparis
 
 def _heading(store: StoreSummary, names: Sequence[str]) -> str:
     created = "" if store.manifest is None else store.manifest.created[:16].replace("T", " ")
-    return f"{short_name(store.path.name, names)}  {class_of(store)}, {store.rows:,} rows, created {created}"
+    return f"{short_name(store.path.name, names)}  {class_of(store)}, {counted(store.rows, 'row')}, created {created}"
 
 
 def _lines(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:

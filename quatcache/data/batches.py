@@ -49,7 +49,7 @@ class CachedColumns:
     """What is known of every sample of one dataset, by index.
 
     Attributes:
-        rows: For each cached encoder the row numbers of the items, int64 ``(N, k)``.
+        rows: For each cached encoder the row numbers of the items, int64 ``(N, k)``; -1 for one without a row.
         targets: The target columns ``(N, ...)``; None where labels are not cached.
         layout: The layout of the samples.
     """
@@ -57,6 +57,11 @@ class CachedColumns:
     rows: Mapping[str, torch.Tensor]
     targets: tuple[torch.Tensor, ...] | None
     layout: SampleLayout
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item has a row."""
+        return all(bool((rows >= 0).all()) for rows in self.rows.values())
 
 
 def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> list[ReadSample]:
@@ -126,7 +131,7 @@ class BatchReader(Dataset[Any]):
         """Give a batch of one sample."""
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int] | torch.Tensor) -> Batch:
         """Give the batch of these samples.
 
         Rows are still numbers, for the loader to gather; where samples were read beside them, the indices are among
@@ -134,18 +139,48 @@ class BatchReader(Dataset[Any]):
         """
         columns = self.columns
         if columns is not None and columns.targets is not None and not self.collates:
-            where = self._positions(indices)
+            where = self.positions(indices)
             return Batch(self._numbers(columns, where), columns.layout.loss_arguments(_select(columns.targets, where)))
-        batch = collate_samples(read_samples(self.dataset, indices, self.reader), self.collates)
+        wanted = indices.tolist() if isinstance(indices, torch.Tensor) else indices
+        samples = read_samples(self.dataset, wanted, self.reader)
         if columns is None:
+            return collate_samples(samples, self.collates)
+        batch = self.batch_of(samples, indices)
+        if columns.targets is None:
             return batch
-        where = self._positions(indices)
-        targets = batch.targets
-        if columns.targets is not None:
-            targets = columns.layout.loss_arguments(_select(columns.targets, where))
-        return Batch({**batch.inputs, **self._numbers(columns, where), INDICES: where}, targets)
+        return batch._replace(targets=columns.layout.loss_arguments(_select(columns.targets, batch.inputs[INDICES])))
 
-    def _positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def batch_of(self, samples: Sequence[ReadSample], indices: Sequence[int] | torch.Tensor) -> Batch:
+        """Give the batch of samples that were read, with the numbers of their rows; see :meth:`__getitems__`."""
+        assert self.columns is not None
+        where = self.positions(indices)
+        batch = collate_samples(samples, self.collates)
+        return Batch({**batch.inputs, **self._numbers(self.columns, where), INDICES: where}, batch.targets)
+
+    def batch_beside(self, samples: Sequence[ReadSample], places: torch.Tensor, where: torch.Tensor) -> Batch | None:
+        """Give a batch of which some samples were read, while rows and targets of the others are cached.
+
+        Args:
+            samples: Those that were read.
+            places: Where they are in the batch.
+            where: Indices of all samples of the batch.
+
+        Returns:
+            The batch, with numbers of rows; None if the targets do not go together.
+        """
+        assert self.columns is not None
+        assert self.columns.targets is not None
+        targets = _select(self.columns.targets, where)
+        for column, fresh in zip(targets, target_columns(samples) if samples else (), strict=bool(samples)):
+            if not isinstance(fresh, torch.Tensor) or (fresh.dtype, fresh.shape[1:]) != (
+                column.dtype,
+                column.shape[1:],
+            ):
+                return None
+            column[places] = fresh
+        return Batch(self._numbers(self.columns, where), self.columns.layout.loss_arguments(targets))
+
+    def positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Give the indices of a batch as the dataset understands them: whole numbers, negative ones from the end."""
         where = torch.as_tensor(indices)
         if where.dtype is not torch.int64:

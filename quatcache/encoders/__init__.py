@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quatcache.encoders.encoder import Encoder
     from quatcache.encoders.identity import Identity, identify
+    from quatcache.encoders.lower_layers import LowerLayersEncoder
     from quatcache.encoders.module import ModuleEncoder
     from quatcache.encoders.sentence_transformer import SentenceTransformerEncoder
     from quatcache.encoders.transformer import TransformersEncoder
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoder",
     "Identity",
+    "LowerLayersEncoder",
     "ModuleEncoder",
     "SentenceTransformerEncoder",
     "TransformersEncoder",
@@ -28,6 +30,7 @@ __all__ = [
 _HOME = {
     "Encoder": "encoder",
     "Identity": "identity",
+    "LowerLayersEncoder": "lower_layers",
     "ModuleEncoder": "module",
     "SentenceTransformerEncoder": "sentence_transformer",
     "TransformersEncoder": "transformer",

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -31,6 +30,7 @@ class CachedEncoder(nn.Module):
         trainable: Always false.
 
     Example:
+        >>> import torch
         >>> from quatcache.encoders import ModuleEncoder
         >>> real = ModuleEncoder(nn.Identity(), torch.stack, embedding_size=2)
         >>> CachedEncoder(real)(torch.ones(1, 2))
@@ -65,8 +65,8 @@ class CachedEncoder(nn.Module):
         """Give the real encoder's collate function."""
         return self.encoder.collate_fn()
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Pass on rows ``(B, *row_shape)``."""
+    def forward(self, rows: Any) -> Any:
+        """Pass on rows ``(B, *row_shape)``, or :class:`~quatcache.sequences.PaddedSequences`."""
         return rows
 
     def train(self, mode: bool = True) -> Self:

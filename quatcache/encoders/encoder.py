@@ -26,6 +26,7 @@ from quatcache.encoders.facts import module_facts
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import assign_tensors, named_tensors
 from quatcache.errors import FormatError, ModelDefinitionError
+from quatcache.sequences import PaddedSequences
 
 __all__ = ["Encoder"]
 
@@ -128,14 +129,15 @@ class Encoder(nn.Module):
             "input of forward"
         )
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor | PaddedSequences:
         """Encode a collated batch.
 
         Args:
             inputs: What :meth:`collate` returned for B items; it must not be changed in place.
 
         Returns:
-            Rows of shape (B, D) or (B, *shape), in the order of the items.
+            Rows of shape (B, D) or (B, *shape), in the order of the items; or, where the value of an item is a
+            sequence, :class:`~quatcache.sequences.PaddedSequences` of B of them.
 
         Raises:
             ModelDefinitionError: If the subclass has no ``forward``.

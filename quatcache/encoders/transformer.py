@@ -14,7 +14,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -25,19 +24,17 @@ from quatcache.encoders.saved import read_settings, refuse_code, require_saveabl
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
+from quatcache.heads.pooling import Pooling, check_pooling, pool
+from quatcache.sequences import PaddedSequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TransformersEncoder"]
 
-KIND = "transformers"
 _MODEL_FOLDER = "model"
-_POOLINGS = ("mean", "cls", "last_token")
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "trainable": (bool,),
-    "pooling": (str,),
-    "normalize": (bool,),
     "max_length": (int,),
     "prompt": (str,),
     "truncation_side": (str,),
@@ -74,20 +71,23 @@ class TransformersEncoder(Encoder):
 
     trainable: bool
 
+    _kind = "transformers"
+    _own_settings: Mapping[str, tuple[type, ...]] = {"pooling": (str,), "normalize": (bool,)}
+    """The arguments that are saved beside those of all encoders of this family, each an attribute, with their types."""
+
     def __init__(
         self,
         model: str | PathLike[str] | PreTrainedModel,
         tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
         trainable: bool = False,
-        pooling: Literal["mean", "cls", "last_token"] = "mean",
+        pooling: Pooling = "mean",
         normalize: bool = False,
         max_length: int | None = None,
         prompt: str = "",
         truncation_side: Literal["left", "right"] | None = None,
     ) -> None:
-        if pooling not in _POOLINGS:
-            raise ConfigError(f"pooling is {pooling!r}; pass 'mean', 'cls' or 'last_token'")
+        check_pooling(pooling)
         if max_length is not None and (
             isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
         ):
@@ -189,7 +189,7 @@ class TransformersEncoder(Encoder):
             return self.collate
         return _Collator(self._tokenizer, self.prompt, self.max_length)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | PaddedSequences:
         """Encode tokenized texts.
 
         Args:
@@ -201,14 +201,19 @@ class TransformersEncoder(Encoder):
         Raises:
             EncoderOutputError: If the model's output has no ``last_hidden_state``.
         """
+        hidden, mask = self._token_states(inputs)
+        rows = pool(hidden, mask, self.pooling)
+        return nn.functional.normalize(rows, p=2, dim=1) if self.normalize else rows
+
+    def _token_states(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Run the model: hidden states (B, T, H), and the attention mask (B, T)."""
         features = to_device(inputs, self.model.device)
         hidden = getattr(self.model(**features), "last_hidden_state", None)
         if hidden is None:
             raise EncoderOutputError(
                 f"{type(self.model).__qualname__} returned no last_hidden_state; load the model with AutoModel"
             )
-        rows = _pool(hidden, features["attention_mask"], self.pooling)
-        return nn.functional.normalize(rows, p=2, dim=1) if self.normalize else rows
+        return hidden, features["attention_mask"]
 
     def facts(self) -> dict[str, JSON]:
         """List what decides the output: model, tokenizer, weights, and the settings here."""
@@ -250,11 +255,10 @@ class TransformersEncoder(Encoder):
         dtype = floating_dtype(self.model)
         write_settings(
             folder,
-            KIND,
+            self._kind,
             {
+                **{name: getattr(self, name) for name in self._own_settings},
                 "trainable": self.trainable,
-                "pooling": self.pooling,
-                "normalize": self.normalize,
                 "max_length": self.max_length,
                 "prompt": self.prompt,
                 "truncation_side": self._tokenizer.truncation_side,
@@ -277,7 +281,7 @@ class TransformersEncoder(Encoder):
         """
         from transformers import AutoModel, AutoTokenizer
 
-        settings = read_settings(path, KIND, _SETTINGS)
+        settings = read_settings(path, cls._kind, {**_SETTINGS, **cls._own_settings})
         folder = Path(path) / _MODEL_FOLDER
         refuse_code(folder)
         dtype = saved_dtype(settings.pop("dtype"), folder)
@@ -313,15 +317,3 @@ class _Collator:
                 return_tensors="pt",
             )
         )
-
-
-def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Reduce hidden states (B, T, H) to rows (B, H), leaving out what ``mask`` (B, T) has as 0."""
-    if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        accumulated = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else hidden.dtype
-        total = (hidden * weights).sum(dim=1, dtype=accumulated)
-        return (total / weights.sum(dim=1, dtype=accumulated).clamp(min=1e-9)).to(hidden.dtype)
-    positions = mask.to(torch.int32)
-    index = positions.argmax(dim=1) if pooling == "cls" else mask.shape[1] - 1 - positions.flip(1).argmax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), index]

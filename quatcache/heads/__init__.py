@@ -17,9 +17,11 @@ Example:
 
 from quatcache.heads.encoder_head import EncoderHead
 from quatcache.heads.gates import EmptyHead, GatedHead, SkipConnectionHead
+from quatcache.heads.inputs import head_input
 from quatcache.heads.projections import ACTIVATIONS, LinearHead, StackedProjectionHead, WideningHead
 from quatcache.heads.registry import HEADS, head_from_config, head_to_config, register_head
 from quatcache.heads.sequential import SequentialHead
+from quatcache.heads.upper_layers import UpperLayersHead
 
 __all__ = [
     "ACTIVATIONS",
@@ -31,8 +33,10 @@ __all__ = [
     "SequentialHead",
     "SkipConnectionHead",
     "StackedProjectionHead",
+    "UpperLayersHead",
     "WideningHead",
     "head_from_config",
+    "head_input",
     "head_to_config",
     "register_head",
 ]

@@ -1,5 +1,6 @@
 """Stores: keys to values, in a bounded mapping, in the memory of a device, or in memory-mapped shards."""
 
+from quatcache.store.budget import BudgetStore
 from quatcache.store.directory import CacheDirectory, environment
 from quatcache.store.disk import DiskStore
 from quatcache.store.files import DTYPES
@@ -10,6 +11,7 @@ from quatcache.store.tensor import TensorStore
 
 __all__ = [
     "DTYPES",
+    "BudgetStore",
     "CacheDirectory",
     "DatasetTable",
     "DiskStore",

@@ -7,21 +7,24 @@ capacity that a fill can give ahead (on the CPU, pages that are never written ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from quatcache.errors import EncoderOutputError
-from quatcache.store.protocol import Found
+from quatcache.sequences import PaddedSequences
+from quatcache.store.protocol import Values
 
-__all__ = ["RowBuffer", "as_rows", "assemble_rows"]
+__all__ = ["RowBuffer", "as_rows"]
+
+Batch = TypeVar("Batch", torch.Tensor, PaddedSequences)
 
 
-def as_rows(values: torch.Tensor, row_shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> torch.Tensor:
+def as_rows(values: Batch, row_shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> Batch:
     """Check a batch of values against the rows that are there, and cast it for storage.
 
     Args:
-        values: ``(n, *shape)``, any device.
+        values: ``(n, *shape)``, any device; or sequences, of whose elements the rest is said.
         row_shape: The shape that rows have; None when these are the first.
         dtype: Storage dtype for floating values; None keeps theirs.
 
@@ -35,6 +38,10 @@ def as_rows(values: torch.Tensor, row_shape: tuple[int, ...] | None, dtype: torc
         >>> as_rows(torch.ones(2, 3), None, torch.float16).dtype
         torch.float16
     """
+    if isinstance(values, PaddedSequences):
+        elements = as_rows(values.values.flatten(0, 1), row_shape, dtype)
+        return PaddedSequences(elements.reshape(*values.shape[:2], *elements.shape[1:]), values.mask)
+    assert isinstance(values, torch.Tensor)
     values = values.detach()
     if row_shape is not None and tuple(values.shape[1:]) != row_shape:
         raise EncoderOutputError(
@@ -51,27 +58,6 @@ def as_rows(values: torch.Tensor, row_shape: tuple[int, ...] | None, dtype: torc
             "use CacheConfig(dtype=torch.bfloat16) or leave dtype unset."
         )
     return stored
-
-
-def assemble_rows(
-    size: int, parts: Sequence[Found], dtype: torch.dtype | None, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Put the rows of several parts in the order of their positions.
-
-    Args:
-        size: How many rows there are in all.
-        parts: Their positions are together ``range(size)``.
-        dtype: Of the answer; None: that of the first part.
-        device: Of the answer.
-    """
-    full = [part for part in parts if len(part.positions)]
-    if not full:
-        return torch.empty(0, device=device)
-    first = full[0].values
-    answer = torch.empty((size, *first.shape[1:]), dtype=dtype or first.dtype, device=device)
-    for positions, values in full:
-        answer[torch.from_numpy(positions).to(device)] = values.detach().to(answer)
-    return answer
 
 
 class RowBuffer:
@@ -130,15 +116,20 @@ class RowBuffer:
         """The rows in use ``(N, *row_shape)`` in the storage dtype: a view."""
         return torch.empty(0, device=self.device) if self._rows is None else self._rows[: self._used]
 
-    def checked(self, values: torch.Tensor) -> torch.Tensor:
+    def checked(self, values: Values) -> torch.Tensor:
         """Check a batch of rows against those that are there, and cast it for storage.
 
         Args:
             values: ``(n, *row_shape)``, any device.
 
         Raises:
-            EncoderOutputError: The rows have another shape or dtype than those stored, or do not fit the storage dtype.
+            EncoderOutputError: The rows have another shape or dtype than those stored, do not fit the storage dtype, or
+                are sequences.
         """
+        if isinstance(values, PaddedSequences):
+            raise EncoderOutputError(
+                f"a sequence came after rows of shape {self.row_shape}; every item must give one row of the same shape."
+            )
         if self.given_dtype not in {None, values.dtype}:
             raise EncoderOutputError(
                 f"a row of {values.dtype} came after rows of {self.given_dtype}; every item must give one row of the "
@@ -173,7 +164,7 @@ class RowBuffer:
 
     def _reserve(self, needed: int, like: torch.Tensor) -> None:
         held = 0 if self._rows is None else len(self._rows)
-        if needed <= held:
+        if self._rows is not None and needed <= held:
             return
         capacity = max(needed, self._capacity if self._rows is None else 2 * held)
         with torch.inference_mode(False):  # rows made in inference mode could not be written outside it

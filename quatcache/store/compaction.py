@@ -19,6 +19,7 @@ import torch
 from quatcache.errors import FormatError
 from quatcache.keys import distinct
 from quatcache.store.manifest import Manifest
+from quatcache.store.rows import concatenate
 from quatcache.store.shards import ShardEntry, open_shard, write_shard
 
 __all__ = ["pack"]
@@ -87,7 +88,7 @@ def _merged(directory: Path, manifest: Manifest, run: Sequence[ShardEntry]) -> S
     assert kind is not None
     opened = [open_shard(directory, entry, manifest.digest, kind) for entry in reversed(run)]
     keys = np.concatenate([keys for keys, _, _ in opened])
-    rows = torch.cat([rows for _, rows, _ in opened])
+    rows = concatenate([rows for _, rows, _ in opened])
     firsts, _ = distinct(keys)  # newest first: a key that was put again keeps its latest row
     return write_shard(
         directory, manifest.digest, keys[firsts], rows[torch.from_numpy(firsts)], kind.given_dtype, repacked=True

@@ -3,6 +3,7 @@
     save_dir/
       encoders/<digest>[-<storage dtype>]/manifest.json, shard-*.safetensors
       datasets/<digest>.safetensors
+      filling/<token>/             what the ranks of a run exchange while they fill together
 
 A fill is alone in the directories of its encoders; fills of other encoders go on beside it.
 
@@ -30,6 +31,7 @@ from quatcache.errors import FormatError, StoreError
 from quatcache.store.disk import DiskStore
 from quatcache.store.files import FILL_LOCK, TEMPORARY
 from quatcache.store.manifest import Manifest
+from quatcache.store.parts import FILLING, remove_leftovers
 from quatcache.store.tables import DatasetTable, read_tables, write_table
 
 __all__ = ["CacheDirectory", "environment"]
@@ -154,6 +156,16 @@ class CacheDirectory:
             with suppress(OSError):
                 os.utime(table.file)
 
+    def check_writable(self, stores: Sequence[DiskStore]) -> None:
+        """See that rows can be written, before any is computed.
+
+        Raises:
+            StoreError: They cannot.
+        """
+        for directory in {store.directory for store in stores}:
+            with self._refusing():
+                self._try_writing(directory)
+
     @contextmanager
     def filling(self, stores: Sequence[DiskStore]) -> Iterator[None]:
         """Be the one process that fills these stores; wait, and say so, while another one does.
@@ -169,23 +181,39 @@ class CacheDirectory:
         if self.path.is_file():
             raise StoreError(f"save_dir {self.path} is a file; name a directory.")
         with suppress(OSError):  # what cannot be listed can perhaps be written, and if not, that is told below
-            if not (self.path / "encoders").exists() and any(self.path.iterdir()):
+            others = (path for path in self.path.iterdir() if path.name != FILLING)
+            if not (self.path / "encoders").exists() and any(others):
                 logger.info("save_dir %s holds other files; encoders/ and datasets/ are put beside them.", self.path)
         with ExitStack() as held:
             for directory in sorted({store.directory for store in stores}):  # one order for all: no two wait in a ring
-                try:
-                    directory.mkdir(parents=True, exist_ok=True)
-                    with TemporaryFile(dir=directory, prefix=TEMPORARY):  # the lock file may be there, and be writable
-                        pass
+                with self._refusing():
+                    self._try_writing(directory)
                     lock = FileLock(directory / FILL_LOCK)
                     self._acquire(lock, directory)
-                except OSError as error:
-                    raise StoreError(
-                        f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, "
-                        "name another save_dir, or leave it unset to cache in memory."
-                    ) from error
                 held.callback(lock.release)
+            remove_leftovers(self.path)
             yield
+
+    @staticmethod
+    def _try_writing(directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory, prefix=TEMPORARY):  # a lock file may be there, and be writable
+            pass
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except (NotADirectoryError, FileExistsError) as error:
+            raise StoreError(
+                f"cannot write into save_dir {self.path}: {error.filename} leads through a file; name another "
+                "save_dir, or leave it unset to cache in memory."
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"cannot write into save_dir {self.path}: {error.strerror or error}; permit writing there, "
+                "name another save_dir, or leave it unset to cache in memory."
+            ) from error
 
     def _acquire(self, lock: BaseFileLock, directory: Path) -> None:
         """Take a lock; while another process has it, say every minute how far that one is."""

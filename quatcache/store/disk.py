@@ -25,12 +25,13 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex, distinct
-from quatcache.store.buffer import RowBuffer, assemble_rows
+from quatcache.store.buffer import RowBuffer
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
-from quatcache.store.protocol import Found, Positions
+from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
+from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, gather, new_buffer, room_for, row_shape_of, take
 from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
 from quatcache.store.tensor import TensorStore
 
@@ -57,6 +58,9 @@ class DiskStore:
         verify_checksums: Compare the bytes of each shard with its checksum when it is opened.
         memory_map: Map shards into memory; false: read them whole when they are opened, for network disks.
         time_func: Clock in seconds, for tests.
+
+    Attributes:
+        before_commit: Called before rows are written; if it raises, neither these nor later ones are.
 
     Raises:
         FormatError: The manifest is of a newer version, or of another encoder. Damage is no error: a manifest is made
@@ -99,14 +103,16 @@ class DiskStore:
         self._memory_map = memory_map
         self._time = time_func
         self._index = KeyIndex()
-        self._shards: list[torch.Tensor] = []  # rows, memory-mapped unless told otherwise, in row order
+        self._shards: list[Rows] = []  # rows, memory-mapped unless told otherwise, in row order
         self._opened: set[str] = set()
         self._refused: set[str] = set()  # damaged shards: their rows are absent, their entries go at the next commit
         self._starts: list[int] = []
         self._committed = 0
-        self._pending = RowBuffer(dtype=dtype)
+        self._pending: Buffer = RowBuffer(dtype=dtype)
         self._pending_keys: list[KeyArray] = []
         self._last_commit = self._time()
+        self.before_commit: Callable[[], None] = lambda: None
+        self._distrusted = False
         self.refresh()
 
     def __len__(self) -> int:
@@ -114,7 +120,7 @@ class DiskStore:
         return len(self._index)
 
     @property
-    def row_shape(self) -> tuple[int, ...] | None:
+    def row_shape(self) -> RowShape | None:
         """Shape of one row; None while nothing was stored."""
         known = self.manifest.row_shape
         return self._pending.row_shape if known is None else known  # () is a shape too
@@ -122,7 +128,17 @@ class DiskStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, committed or not."""
-        return sum(shard.numel() * shard.element_size() for shard in self._shards) + self._pending.nbytes
+        return sum(shard.nbytes for shard in self._shards) + self._pending.nbytes
+
+    @property
+    def pending(self) -> int:
+        """Count the rows that are not committed."""
+        return len(self._pending) if self._pending_keys else 0
+
+    @property
+    def numbered(self) -> int:
+        """Count the row numbers that were given out."""
+        return self._committed + len(self._pending)
 
     @property
     def given_dtype(self) -> torch.dtype | None:
@@ -174,7 +190,7 @@ class DiskStore:
         if len(keys):
             self._attach(keys, rows)
 
-    def _attach(self, keys: KeyArray, rows: torch.Tensor) -> None:
+    def _attach(self, keys: KeyArray, rows: Rows) -> None:
         self._index.add(keys, np.arange(self._committed, self._committed + len(keys)))
         self._starts.append(self._committed)
         self._shards.append(rows)
@@ -188,38 +204,34 @@ class DiskStore:
         """Give the positions of the absent keys."""
         return np.flatnonzero(self.rows_of(keys) < 0)
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Read rows ``(B,)`` into a new tensor ``(B, *row_shape)`` on the CPU, in the encoder's dtype."""
-        if not len(rows) or self.row_shape is None:
-            return torch.empty((0, *(self.row_shape or ())), dtype=self.given_dtype)
-        rows = rows.cpu()
-        if len(self._shards) == 1 and self._committed > int(rows.max()):
-            return self._widen(self._shards[0].index_select(0, rows))
-        answer = torch.empty((len(rows), *self.row_shape), dtype=self.given_dtype)
-        blocks = torch.bucketize(rows, torch.tensor([*self._starts[1:], self._committed]), right=True)
-        if not self._shards:
-            blocks = torch.zeros_like(rows)
-        for block in torch.unique(blocks).tolist():
-            positions = (blocks == block).nonzero().reshape(-1)
-            if block < len(self._shards):
-                answer[positions] = self._widen(
-                    self._shards[block].index_select(0, rows[positions] - self._starts[block])
-                )
-            else:
-                answer[positions] = self._pending.gather(rows[positions] - self._committed)
-        return answer
+    def gather(self, rows: torch.Tensor) -> Any:
+        """Read rows ``(B,)`` on the CPU, in the encoder's dtype.
 
-    def _widen(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.given_dtype in {None, rows.dtype} else rows.to(self.given_dtype)
+        Returns:
+            A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
+        """
+        rows = rows.cpu()
+        starts = [*self._starts, self._committed]
+        places = [*self._shards, self._pending.rows] if self._pending_keys else self._shards
+        if not places:
+            return torch.empty(0, dtype=self.given_dtype)
+        if not len(rows) or (len(self._shards) == 1 and self._committed > int(rows.max())):
+            return gather(places[0], rows, self.given_dtype)
+        which = torch.bucketize(rows, torch.tensor(starts[1:]), right=True)
+        parts = []
+        for place in torch.unique(which).tolist():
+            positions = (which == place).nonzero().reshape(-1)
+            parts.append(Found(positions.numpy(), take(places[place], rows[positions] - starts[place])))
+        return self.assemble(len(rows), parts)
 
     def get_many(self, keys: KeyArray) -> Found:
-        """Give the hits only, as ``(H, *row_shape)``."""
+        """Give the hits only."""
         rows = self.rows_of(keys)
         positions = np.flatnonzero(rows >= 0)
         return Found(positions, self.gather(torch.from_numpy(rows[positions])))
 
-    def put_many(self, keys: KeyArray, values: torch.Tensor) -> None:
-        """Store rows ``(n, *row_shape)`` for distinct keys; they are durable after the next commit.
+    def put_many(self, keys: KeyArray, values: Values) -> None:
+        """Store rows ``(n, *row_shape)``, or sequences, for distinct keys; they are durable after the next commit.
 
         A present key gets a new row, which look-ups find from then on; the old one stays on disk, unreferenced.
 
@@ -231,18 +243,19 @@ class DiskStore:
         """
         if not len(keys):
             return
-        held, given = (self.manifest.row_shape, self.manifest.given_dtype), (tuple(values.shape[1:]), values.dtype)
+        held, given = (self.manifest.row_shape, self.manifest.given_dtype), (row_shape_of(values), values.dtype)
         if self._shards and held != given:
             raise FormatError(
                 f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
                 f"{given[1]}; delete that directory to have it filled again."
             )
         if self._pending.row_shape is None:
-            row_bytes = math.prod(values.shape[1:]) * (self._dtype or values.dtype).itemsize
-            self._pending = RowBuffer(dtype=self._dtype, capacity=self._shard_bytes // max(row_bytes, 1) + len(keys))
+            row_bytes = math.prod(size or 1 for size in given[0]) * (self._dtype or values.dtype).itemsize
+            capacity = self._shard_bytes // max(row_bytes, 1) + len(keys)
+            self._pending = new_buffer(values, "cpu", self._dtype, capacity)
         if not self._pending_keys:
             self._last_commit = self._time()
-        rows = self._pending.checked(values.cpu())
+        rows: Any = self._pending.checked(values.cpu())
         self._index.add(keys, self._committed + len(self._pending) + np.arange(len(keys)))
         self._pending.append(rows)
         self._pending_keys.append(keys)
@@ -260,18 +273,25 @@ class DiskStore:
         self._pending = RowBuffer(dtype=self._dtype)  # its memory is not needed until more is put
 
     def _commit(self) -> None:
-        if not self._pending_keys:
+        if not self._pending_keys or self._distrusted:
             return
+        try:
+            self.before_commit()
+        except BaseException:
+            self._distrusted = True
+            raise
         if self._committed and not self.directory.is_dir():
             raise self._disappeared()
-        keys, rows, given_dtype = np.concatenate(self._pending_keys), self._pending.rows, self._pending.given_dtype
+        keys, given_dtype = np.concatenate(self._pending_keys), self._pending.given_dtype
+        rows: Rows = self._pending.rows
         assert given_dtype is not None
         pending = len(keys)
+        rows = rows[:pending]  # one more batch if Ctrl-C came between the two
         first = np.sort(keys[:, 0])
         if (first[1:] == first[:-1]).any():  # a key was put again: its last row counts
             latest = np.sort(pending - 1 - distinct(keys[::-1])[0])
             keys, rows = keys[latest], rows[torch.from_numpy(latest)]
-        kind = RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
+        kind = RowKind(row_shape_of(rows), rows.dtype, given_dtype)
         with locked(self.directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
             current = self._without_damaged(sure_manifest(self.directory, self.manifest))
             if current.shards and self._environment not in (current.environment, *current.verified):
@@ -350,9 +370,9 @@ class DiskStore:
             if self.manifest is not current:
                 self.manifest.write(self.directory)
 
-    def assemble(self, size: int, parts: Sequence[Found]) -> torch.Tensor:
+    def assemble(self, size: int, parts: Sequence[Found]) -> Any:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""
-        return assemble_rows(size, parts, self.given_dtype)
+        return assemble(size, parts, self.given_dtype)
 
     def load(self, device: torch.device | str = "cpu") -> TensorStore:
         """Read every row into the memory of a device.
@@ -363,10 +383,11 @@ class DiskStore:
         self.flush()
         if not self._shards:
             return TensorStore(device, self._dtype)
-        rows = torch.empty((self._committed, *(self.row_shape or ())), dtype=self.manifest.dtype, device=device)
+        rows = room_for(self._shards, self.manifest.dtype, device)
         for place, (start, shard) in enumerate(zip(self._starts, self._shards, strict=True)):
-            rows[start : start + len(shard)] = shard.to(device)
+            part = rows[start : start + len(shard)]
+            copy_rows(shard, part)
             if not self._memory_map and rows.device.type == "cpu":  # do not hold them twice
-                self._shards[place] = rows[start : start + len(shard)]
+                self._shards[place] = part
         keys, numbers = self._index.items()
         return TensorStore.of(keys, numbers, rows, self.given_dtype)

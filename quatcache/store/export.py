@@ -22,6 +22,8 @@ import torch
 
 from quatcache.errors import CacheMissError, ConfigError, FormatError, MissingDependencyError, StoreError
 from quatcache.keys import KeyIndex
+from quatcache.store.ragged import RaggedRows
+from quatcache.store.rows import Rows, concatenate, no_rows, take
 from quatcache.store.shards import open_shard
 from quatcache.store.summaries import StoreSummary, TableSummary
 from quatcache.store.tables import DatasetTable
@@ -45,7 +47,7 @@ class Export:
     Attributes:
         files: Each file, the vectors first.
         rows: How many rows, or samples of a dataset, there are.
-        shape: Shape of the array of vectors.
+        shape: Shape of the array of vectors; of sequences, that of all their elements together.
         dtype: Its dtype.
         notes: What is otherwise than in the cache, each in a sentence.
     """
@@ -72,7 +74,9 @@ def export_rows(
         store: The store, as :func:`~quatcache.store.inspection.inspect_cache` lists it.
         target: A new file. ``vectors.npy`` holds the rows, ``(N, *row_shape)``, in their storage dtype; beside it
             ``vectors.keys.npy`` has the keys, int64 ``(N, 2)``, and for a dataset ``vectors.targets.<n>.npy`` its
-            target columns. ``vectors.parquet`` holds all of them as columns.
+            target columns. ``vectors.parquet`` holds all of them as columns. Of sequences ``vectors.npy`` holds the
+            elements ``(E, *shape)``, one sequence behind the other, and ``vectors.offsets.npy`` int64 ``(N + 1,)``
+            where each begins; for pairs the two of a sample follow each other. In parquet they are lists.
         dataset: Its items are written in its order, with duplicates: ``(N, *row_shape)``, for pairs
             ``(N, 2, *row_shape)``. None: each row once, in the order of the shards.
         encoder: Name of the encoder in the dataset; None: the one whose items are in the store.
@@ -107,14 +111,15 @@ def export_rows(
     arrow = _pyarrow() if target.suffix == ".parquet" else None
     table = None if dataset is None else _usable(dataset)
     targets = () if table is None else table.targets or ()
-    names = ["vectors", "keys", *(f"targets.{place}" for place in range(len(targets)))]
+    rows = _Rows(store)
+    offsets = ["offsets"] if rows.kind.ragged else []
+    names = ["vectors", *offsets, "keys", *(f"targets.{place}" for place in range(len(targets)))]
     paths = [target if name == "vectors" else target.with_name(f"{target.stem}.{name}.npy") for name in names]
     paths = paths if arrow is None else [target]
     stale = [] if arrow is not None else _targets_beside(target, besides=paths)
     existing = [path for path in (*paths, *stale) if os.path.lexists(path)]
     if existing and not force:
         raise ConfigError(f"{existing[0]} exists; name another file, or permit overwriting (--force).")
-    rows = _Rows(store)
     numbers = rows.latest() if table is None else _in_order(rows, table, encoder)
     selection = _Selection(rows, numbers, targets)
     with _staged(paths) as temporary:
@@ -155,9 +160,9 @@ class _Rows:
         self.name = name
         self.kind = store.manifest.kind
         self.index = KeyIndex()
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        starts = [0]
+        self._keys: list[Rows] = [torch.empty(0, 2, dtype=torch.int64)]  # what there is before the first shard
+        self._values: list[Rows] = [no_rows(self.kind.row_shape, self.kind.dtype)]
+        starts = [0, 0]
         for entry in store.manifest.shards:
             try:
                 keys, values, _ = open_shard(store.path, entry, store.manifest.digest, self.kind)
@@ -177,23 +182,29 @@ class _Rows:
         return np.sort(self.index.items()[1])[:, None]
 
     def vectors(self, numbers: Numbers) -> torch.Tensor:
-        """Read rows ``(n,)`` as ``(n, *row_shape)``."""
-        return self._gather(self._values, numbers, (*self.kind.row_shape,), self.kind.dtype)
+        """Read rows ``(n,)`` as ``(n, *row_shape)``; of sequences, their elements."""
+        rows = self._gather(self._values, numbers)
+        return rows.packed().values if isinstance(rows, RaggedRows) else rows
+
+    def lengths(self, numbers: Numbers) -> Numbers:
+        """Give the lengths of sequences ``(n,)``."""
+        lengths = [rows.lengths for rows in self._values if isinstance(rows, RaggedRows)]
+        return torch.cat(lengths).numpy()[numbers]
 
     def keys(self, numbers: Numbers) -> torch.Tensor:
         """Read the keys of rows ``(n,)`` as ``(n, 2)``."""
-        return self._gather(self._keys, numbers, (2,), torch.int64)
+        keys = self._gather(self._keys, numbers)
+        assert isinstance(keys, torch.Tensor)
+        return keys
 
-    def _gather(
-        self, parts: Sequence[torch.Tensor], numbers: Numbers, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        answer = torch.empty((len(numbers), *shape), dtype=dtype)
-        shards = np.searchsorted(self._starts, numbers, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            local = torch.from_numpy(numbers[places] - self._starts[shard])
-            answer[torch.from_numpy(places)] = parts[shard].index_select(0, local)
-        return answer
+    def _gather(self, shards: Sequence[Rows], numbers: Numbers) -> Rows:
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        parts, places = [shards[0]], [np.empty(0, np.int64)]
+        for shard in np.unique(which).tolist():
+            places.append(np.flatnonzero(which == shard))
+            parts.append(take(shards[shard], torch.from_numpy(numbers[places[-1]] - self._starts[shard])))
+        together: Rows = concatenate(parts)
+        return take(together, torch.from_numpy(np.argsort(np.concatenate(places))))
 
 
 def _in_order(rows: _Rows, table: DatasetTable, encoder: str | None) -> Numbers:
@@ -224,12 +235,19 @@ class _Selection:
         dtypes = {"vectors": rows.kind.dtype, **{name: column.dtype for name, column in self._targets.items()}}
         self.widened = [name for name, dtype in dtypes.items() if dtype is torch.bfloat16]
         self.paired = numbers.shape[1] > 1
+        self.offsets: Numbers | None = None
+        if rows.kind.ragged:
+            self.offsets = np.concatenate([[0], np.cumsum(rows.lengths(numbers.reshape(-1)))])
         self.empty = self._block(slice(0, 0))
         self.arrays = {name: (array.dtype, (len(numbers), *array.shape[1:])) for name, array in self.empty.items()}
+        if self.offsets is not None:
+            dtype, shape = self.arrays["vectors"]
+            self.arrays["vectors"] = dtype, (int(self.offsets[-1]), *shape[1:])
 
     def blocks(self) -> Iterator[Block]:
         """Give some samples at a time."""
-        sample_bytes = math.prod((self._rows.kind.dtype.itemsize, self._numbers.shape[1], *self._rows.kind.row_shape))
+        dtype, shape = self.arrays["vectors"]
+        sample_bytes = dtype.itemsize * math.prod(shape) // max(1, len(self._numbers))
         size = max(1, BLOCK_BYTES // max(1, sample_bytes))
         for start in range(0, len(self._numbers), size):
             yield self._block(slice(start, start + size))
@@ -239,7 +257,9 @@ class _Selection:
         flat = numbers.reshape(-1)
         lead = numbers.shape if self.paired else numbers.shape[:1]  # one item a sample: no axis for it
         vectors, keys = self._rows.vectors(flat), self._rows.keys(flat)
-        tensors = {"vectors": vectors.reshape(*lead, *vectors.shape[1:]), "keys": keys.reshape(*lead, 2)}
+        if self.offsets is None:
+            vectors = vectors.reshape(*lead, *vectors.shape[1:])
+        tensors = {"vectors": vectors, "keys": keys.reshape(*lead, 2)}
         tensors.update((name, column[part]) for name, column in self._targets.items())
         return {
             name: (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
@@ -253,6 +273,8 @@ def _write_arrays(paths: Mapping[str, Path], selection: _Selection, advance: Cal
         for name, (dtype, shape) in selection.arrays.items():
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(files[name], header)
+        if selection.offsets is not None:
+            np.lib.format.write_array(files["offsets"], selection.offsets, allow_pickle=False)
         for block in selection.blocks():
             for name, array in block.items():
                 files[name].write(np.ascontiguousarray(array).data)
@@ -260,19 +282,34 @@ def _write_arrays(paths: Mapping[str, Path], selection: _Selection, advance: Cal
 
 
 def _write_parquet(arrow: Any, path: Path, selection: _Selection, advance: Callable[[int], object]) -> None:
-    empty = arrow.table(_columns(arrow, selection.empty, selection))
+    empty, start = arrow.table(_columns(arrow, selection.empty, selection, 0)), 0
     with arrow.parquet.ParquetWriter(path, empty.schema, use_dictionary=False) as writer:
         for block in selection.blocks():
-            writer.write_table(arrow.table(_columns(arrow, block, selection)))
+            writer.write_table(arrow.table(_columns(arrow, block, selection, start)))
+            start += len(block["keys"])
             advance(len(block["keys"]))
 
 
-def _columns(arrow: Any, block: Block, selection: _Selection) -> dict[str, Any]:
-    """Make columns: ``vector`` and ``key`` (for pairs ``vector.0``, ``vector.1``, ...), and ``target.<n>``."""
+def _columns(arrow: Any, block: Block, selection: _Selection, start: int) -> dict[str, Any]:
+    """Make columns: ``vector`` and ``key`` (for pairs ``vector.0``, ``vector.1``, ...), and ``target.<n>``.
+
+    Args:
+        arrow: The module.
+        block: Arrays of some samples.
+        selection: What they are of.
+        start: How many samples are before them.
+    """
     columns: dict[str, Any] = {}
+    items = block["keys"].shape[1] if selection.paired else 1
     for name, array in block.items():
         column = name.replace("s", "", 1) if name.startswith("targets") else name.removesuffix("s")
-        if name in {"vectors", "keys"} and selection.paired:
+        if name == "vectors" and selection.offsets is not None:
+            offsets = selection.offsets[items * start : items * (start + len(block["keys"])) + 1]
+            sequences = arrow.LargeListArray.from_arrays(offsets - offsets[0], _column(arrow, array))
+            names = [f"{column}.{item}" for item in range(items)] if selection.paired else [column]
+            places = np.arange(len(sequences))
+            columns.update((one, sequences.take(places[item::items])) for item, one in enumerate(names))
+        elif name in {"vectors", "keys"} and selection.paired:
             columns.update((f"{column}.{item}", _column(arrow, array[:, item])) for item in range(array.shape[1]))
         else:
             columns[column] = _column(arrow, array)

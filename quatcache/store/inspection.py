@@ -138,7 +138,7 @@ def inspect_store(home: Path) -> tuple[StoreSummary | None, list[Stray], list[Pa
         shards = named  # what is missing counts: verifying says so
     elif problem is None:
         return None, strays if shards or strays or foreign else [*_stray(home, "empty store")], foreign
-    statuses = {name: _status(home / name) for name in (*shards, *_OWN_NAMES)}
+    statuses = {name: _status(home / name) for name in (*shards, MANIFEST_NAME, LAST_USED)}  # locks outlive a store
     used = [status.st_mtime for name in (MANIFEST_NAME, LAST_USED) if (status := statuses[name]) is not None]
     store = StoreSummary(
         home,

@@ -19,12 +19,14 @@ from xxhash import xxh3_128_hexdigest
 
 from quatcache.errors import DamagedFileError, FormatError
 from quatcache.store.files import DTYPES, read_json, write_json
+from quatcache.store.protocol import RowShape
 from quatcache.store.shards import RowKind, ShardEntry, is_shard_name
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest version that is read. Version 2 has sequences; a store of rows of one shape is written as version 1."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Manifest:
     Attributes:
         digest: Identity of the encoder, 32 hex characters.
         facts: What the identity was made from, for explaining a miss.
-        row_shape: Shape of one row; None before the first shard.
+        row_shape: Shape of one row, of sequences with None first; None before the first shard.
         dtype: Storage dtype.
         given_dtype: Dtype that the encoder gives, to which look-ups convert.
         environment: Library versions and hardware at the first commit.
@@ -47,7 +49,7 @@ class Manifest:
     digest: str
     facts: Mapping[str, Any]
     environment: Mapping[str, str]
-    row_shape: tuple[int, ...] | None = None
+    row_shape: RowShape | None = None
     dtype: torch.dtype | None = None
     given_dtype: torch.dtype | None = None
     created: str = ""
@@ -61,6 +63,12 @@ class Manifest:
         if self.row_shape is None or self.dtype is None or self.given_dtype is None:
             return None
         return RowKind(self.row_shape, self.dtype, self.given_dtype)
+
+    @property
+    def longest(self) -> int | None:
+        """Length of the longest sequence; None if rows are none, or it is not known."""
+        lengths = [shard.longest for shard in self.shards]
+        return None if None in lengths else max((length or 0 for length in lengths), default=None)
 
     @property
     def rows(self) -> int:
@@ -91,14 +99,16 @@ class Manifest:
         """Write the manifest into a store directory, atomically."""
         content = {
             "format": "quatcache",
-            "version": FORMAT_VERSION,
+            "version": 2 if self.kind is not None and self.kind.ragged else 1,
             "identity": {"digest": self.digest, "facts": dict(self.facts)},
             "environment": dict(self.environment),
             "created": self.created,
             "row_shape": None if self.row_shape is None else list(self.row_shape),
             "dtype": _dtype_name(self.dtype),
             "given_dtype": _dtype_name(self.given_dtype),
-            "shards": [vars(shard) for shard in self.shards],
+            "shards": [
+                {name: value for name, value in vars(shard).items() if value is not None} for shard in self.shards
+            ],
             "verified": [dict(environment) for environment in self.verified],
             "effort": {"rows": self.effort[0], "seconds": self.effort[1]},
         }
@@ -147,7 +157,7 @@ class Manifest:
             digest=str(content["identity"]["digest"]),
             facts=dict(content["identity"]["facts"]),
             environment=_strings(content["environment"]),
-            row_shape=None if shape is None else tuple(_count(size) for size in shape),
+            row_shape=None if shape is None else _row_shape(shape, content["version"]),
             dtype=dtype,
             given_dtype=given_dtype,
             created=str(content["created"]),
@@ -168,7 +178,16 @@ def _shard(entry: Mapping[str, Any]) -> ShardEntry:
         raise ValueError(f"a shard is named {file!r}")
     if not isinstance(digest, str):
         raise ValueError(f"the checksum of {file} is {digest!r}")
-    return ShardEntry(file=file, rows=_count(entry["rows"]), bytes=_count(entry["bytes"]), xxh3=digest)
+    longest = entry.get("longest")
+    return ShardEntry(
+        file, _count(entry["rows"]), _count(entry["bytes"]), digest, None if longest is None else _count(longest)
+    )
+
+
+def _row_shape(shape: Any, version: int) -> RowShape:
+    """Read the shape of a row; sequences, null first, are known from version 2 on."""
+    ragged = version > 1 and shape[:1] == [None]
+    return (*(None for _ in range(ragged)), *(_count(size) for size in shape[ragged:]))
 
 
 def _effort(content: Mapping[str, Any]) -> tuple[int, float]:

@@ -10,21 +10,28 @@ Absence is told by position, never by a value: ``None``, zeros and NaN can all b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from quatcache.keys import KeyArray
+from quatcache.sequences import PaddedSequences
 
-__all__ = ["Found", "Positions", "RowStore", "Store"]
+__all__ = ["Found", "Positions", "RowShape", "RowStore", "Store", "Values"]
 
 Positions = npt.NDArray[np.int64]
 """Positions within one batch of keys: shape ``(n,)``, int64, ascending unless said otherwise."""
 
+RowShape: TypeAlias = tuple[int | None, ...]
+"""Shape of one row. Of sequences, each of a length of its own, the first size is None."""
+
+Values: TypeAlias = torch.Tensor | PaddedSequences
+"""A batch of rows: a tensor ``(B, *row_shape)``, or sequences."""
+
 Keys_contra = TypeVar("Keys_contra", contravariant=True)
-Values = TypeVar("Values")
+Batch = TypeVar("Batch")
 
 
 class Found(NamedTuple):
@@ -34,7 +41,7 @@ class Found(NamedTuple):
     values: Any
 
 
-class Store(Protocol[Keys_contra, Values]):
+class Store(Protocol[Keys_contra, Batch]):
     """Keys to values, in batches."""
 
     def __len__(self) -> int:
@@ -49,23 +56,26 @@ class Store(Protocol[Keys_contra, Values]):
         """Give the hits only."""
         ...
 
-    def put_many(self, keys: Keys_contra, values: Values) -> None:
+    def put_many(self, keys: Keys_contra, values: Batch) -> None:
         """Store one value per key, the keys being distinct; a key that is present gets the new value.
 
         A store with a budget may decline or evict: only ``missing`` and ``get_many`` tell what it holds.
         """
         ...
 
-    def assemble(self, size: int, parts: Sequence[Found]) -> Values:
+    def assemble(self, size: int, parts: Sequence[Found]) -> Batch:
         """Put values in the order of their positions, which together are ``range(size)``."""
         ...
 
 
-class RowStore(Store[KeyArray, torch.Tensor], Protocol):
-    """A store whose values are rows of one shape and dtype, reachable by number once their keys were looked up."""
+class RowStore(Store[KeyArray, Values], Protocol):
+    """A store whose values are rows of one dtype, reachable by number once their keys were looked up.
+
+    They have one shape, or are sequences: which of both, the first values decide.
+    """
 
     @property
-    def row_shape(self) -> tuple[int, ...] | None:
+    def row_shape(self) -> RowShape | None:
         """Shape of one row; None while nothing was stored."""
         ...
 
@@ -78,6 +88,10 @@ class RowStore(Store[KeyArray, torch.Tensor], Protocol):
         """Give the row number of each key, -1 where it is absent. Numbers stay valid while the store is open."""
         ...
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Read rows ``(B,)`` int64, none negative, into a new tensor ``(B, *row_shape)`` of the encoder's dtype."""
+    def gather(self, rows: torch.Tensor) -> Any:
+        """Read rows ``(B,)`` int64, none negative, in the encoder's dtype.
+
+        Returns:
+            A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
+        """
         ...

@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,9 +26,9 @@ from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary, locked
 from quatcache.store.inspection import inspect_store
 from quatcache.store.manifest import MANIFEST_NAME
 from quatcache.store.shards import is_shard_name
-from quatcache.store.summaries import CacheSummary, StoreSummary, TableSummary
+from quatcache.store.summaries import CacheSummary, StoreSummary, Stray, TableSummary
 
-__all__ = ["Outcome", "PrunePlan", "Removal", "choose", "remove"]
+__all__ = ["Outcome", "PrunePlan", "Removal", "choose", "is_young", "remove"]
 
 LEFTOVER_SECONDS = 3600.0
 """Younger leftovers stay: they may be a file that is being written."""
@@ -52,7 +52,7 @@ class Removal:
         path: A file, or the directory of a store.
         kind: "store", "index table", "orphan shard", "temporary file" or "empty store".
         reason: Why, for people.
-        bytes: What it takes.
+        bytes: What it takes; of a store together with the leftovers in its directory.
         last_used: When it was last used or written, in seconds since 1970; if that changed, it stays.
     """
 
@@ -102,6 +102,20 @@ class Outcome:
     failed: bool = False
 
 
+def is_young(stray: Stray, now: float) -> bool:
+    """Say whether a leftover may be a file that is being written, and so stays.
+
+    Args:
+        stray: The leftover.
+        now: Seconds since 1970.
+
+    Example:
+        >>> is_young(Stray(Path("cache/datasets/.tmp-0"), "temporary file", 10, 100.0), now=200.0)
+        True
+    """
+    return now - stray.modified <= LEFTOVER_SECONDS
+
+
 def choose(
     summary: CacheSummary, *, unused_days: float | None = None, max_bytes: int | None = None, now: float
 ) -> PrunePlan:
@@ -115,7 +129,7 @@ def choose(
         now: Seconds since 1970.
 
     Returns:
-        What would go: orphan shards and temporary files older than an hour always do.
+        What would go: orphan shards and temporary files older than an hour always do, and first.
 
     Raises:
         ConfigError: A limit is negative.
@@ -127,10 +141,20 @@ def choose(
     for name, limit in (("unused_days", unused_days), ("max_bytes", max_bytes)):
         if limit is not None and not limit >= 0:
             raise ConfigError(f"{name} is {limit}; give a number of at least 0.")
-    removals: list[Removal] = []
-    kept: list[Removal] = []
     notes: list[str] = []
     parts: list[StoreSummary | TableSummary] = [*summary.stores, *summary.tables]
+    newer = {store.path for store in summary.stores if store.newer}
+    old = [
+        stray
+        for stray in summary.strays
+        if not is_young(stray, now) and stray.path.parent not in newer and not _is_linked(stray.path, summary.path)
+    ]
+    removals = [Removal(stray.path, stray.kind, _WHY[stray.kind], stray.bytes, stray.modified) for stray in old]
+    beside: dict[Path, int] = {}  # bytes that go with a store and are not its own, by its directory
+    for stray in summary.strays:
+        if stray not in old:
+            beside[stray.path.parent] = beside.get(stray.path.parent, 0) + stray.bytes
+    kept: list[Removal] = []
     for part in parts:
         days = (now - part.last_used) / _DAY
         due = unused_days is not None and days > unused_days
@@ -141,19 +165,25 @@ def choose(
             (removals if due else kept).append(Removal(part.path, kind, reason, part.bytes, part.last_used))
         elif due or max_bytes is not None:
             notes.append(f"{part.path.relative_to(summary.path)} {obstacle}, and is left alone.")
-    spared = {removal.path for removal in removals} | {store.path for store in summary.stores if store.newer}
-    for stray in summary.strays:
-        old = now - stray.modified > LEFTOVER_SECONDS
-        if old and stray.path.parent not in spared and not _is_linked(stray.path, summary.path):
-            removals.append(Removal(stray.path, stray.kind, _WHY[stray.kind], stray.bytes, stray.modified))
-    left = summary.bytes - sum(removal.bytes for removal in removals)
+    left = summary.bytes - sum(removal.bytes + beside.get(removal.path, 0) for removal in removals)
     if max_bytes is not None:
         for removal in sorted(kept, key=lambda removal: (removal.kind != "store", removal.last_used)):
             if left > max_bytes:
-                left -= removal.bytes
+                left -= removal.bytes + beside.get(removal.path, 0)
                 removals.append(removal)
         if left > max_bytes:
             notes.append(f"{left:,} bytes would be left, more than the budget of {max_bytes:,}.")
+    gone = {removal.path for removal in removals}
+    for removal in [removal for removal in removals if removal.path.parent in gone]:  # of a store that goes: with it
+        removals.remove(removal)
+        beside[removal.path.parent] = beside.get(removal.path.parent, 0) + removal.bytes
+    removals = [replace(removal, bytes=removal.bytes + beside.get(removal.path, 0)) for removal in removals]
+    young = sum(is_young(stray, now) and stray.path.parent not in gone for stray in summary.strays)
+    if young:
+        notes.append(
+            f"{young} {'leftover is' if young == 1 else 'leftovers are'} younger than an hour, so a process may still "
+            f"use {'it' if young == 1 else 'them'}: left alone until then."
+        )
     return PrunePlan(summary.path, tuple(removals), left, tuple(notes))
 
 
@@ -194,6 +224,8 @@ def remove(plan: PrunePlan, advance: Callable[[Removal], object] = lambda remova
                 outcome = _remove_stray(removal)
             else:
                 outcome = _remove_file(removal)
+        except Timeout:
+            outcome = Outcome(removal, 0, _BUSY)
         except FileNotFoundError:
             outcome = Outcome(removal, 0, _GONE)
         except OSError as error:  # a StoreError, if a lock cannot be had, is one too
@@ -205,10 +237,7 @@ def remove(plan: PrunePlan, advance: Callable[[Removal], object] = lambda remova
 
 def _remove_store(removal: Removal) -> Outcome:
     home = removal.path
-    with _alone(home) as alone:
-        if not alone:
-            return Outcome(removal, 0, _BUSY)
-        store, _, _ = inspect_store(home)
+    with _alone(home) as (store, _):
         if store is None or store.newer or store.last_used > removal.last_used:
             return Outcome(removal, 0, _GONE if store is None else _CHANGED)
         manifest = home / MANIFEST_NAME
@@ -227,11 +256,8 @@ def _remove_store(removal: Removal) -> Outcome:
 def _remove_shell(removal: Removal) -> Outcome:
     """Take away what a store leaves: its directory and lock files."""
     home = removal.path
-    with _alone(home) as alone:
-        if not alone:
-            return Outcome(removal, 0, _BUSY)
-        _, strays, _ = inspect_store(home)
-        if [stray.path for stray in strays] != [home]:
+    with _alone(home) as (_, strays):
+        if strays != [home]:
             return Outcome(removal, 0, _CHANGED)
     for name in (LAST_USED, MANIFEST_LOCK, FILL_LOCK):  # Windows does not delete what is locked
         with suppress(FileNotFoundError):
@@ -242,12 +268,8 @@ def _remove_shell(removal: Removal) -> Outcome:
 
 def _remove_stray(removal: Removal) -> Outcome:
     """Delete one file of a store, if it still is a stray."""
-    home = removal.path.parent
-    with _alone(home) as alone:
-        if not alone:
-            return Outcome(removal, 0, _BUSY)
-        _, strays, _ = inspect_store(home)
-        if removal.path not in [stray.path for stray in strays]:
+    with _alone(removal.path.parent) as (_, strays):
+        if removal.path not in strays:
             return Outcome(removal, 0, _GONE if not os.path.lexists(removal.path) else _CHANGED)
         return _remove_file(removal)
 
@@ -259,22 +281,18 @@ def _remove_file(removal: Removal) -> Outcome:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[bool]:
-    """Hold both locks of a store; give False at once if another process fills it."""
+def _alone(home: Path) -> Iterator[tuple[StoreSummary | None, list[Path]]]:
+    """Hold both locks of a store; give the store and its leftovers as they are then.
+
+    Raises:
+        Timeout: Another process fills it.
+    """
     for name in (FILL_LOCK, MANIFEST_LOCK):
         if (home / name).is_symlink():  # opening it might make or empty a file somewhere else
             raise StoreError(f"{name} is a symbolic link")
-    lock = FileLock(home / FILL_LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        with locked(home / MANIFEST_LOCK):
-            yield True
-    finally:
-        lock.release()
+    with FileLock(home / FILL_LOCK).acquire(timeout=0), locked(home / MANIFEST_LOCK):
+        store, strays, _ = inspect_store(home)
+        yield store, [stray.path for stray in strays]
 
 
 def _delete(path: Path) -> int:

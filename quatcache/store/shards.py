@@ -18,9 +18,13 @@ import torch
 from quatcache.errors import FormatError
 from quatcache.keys import KeyArray
 from quatcache.store.files import DTYPES, checksum, content_digest, open_tensors, read_tensors, write_tensors
+from quatcache.store.protocol import RowShape
+from quatcache.store.ragged import RaggedRows
+from quatcache.store.rows import Rows, row_shape_of
 
 __all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "write_shard"]
 
+_SHARD, _SEQUENCES = "shard", "sequences"  # what the metadata call rows of one shape, and those that are sequences
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
 
 
@@ -43,12 +47,14 @@ class ShardEntry:
         rows: How many rows it holds.
         bytes: Its size.
         xxh3: xxh3_128 of its bytes, 32 hex characters.
+        longest: Length of its longest sequence; None for rows of one shape.
     """
 
     file: str
     rows: int
     bytes: int
     xxh3: str
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,26 @@ class RowKind:
     """What all shards of one store have in common.
 
     Attributes:
-        row_shape: Shape of one row.
+        row_shape: Shape of one row; of sequences the first size is None.
         dtype: Storage dtype.
         given_dtype: Dtype that the encoder gives.
     """
 
-    row_shape: tuple[int, ...]
+    row_shape: RowShape
     dtype: torch.dtype
     given_dtype: torch.dtype
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows are sequences, each of a length of its own."""
+        return self.row_shape[:1] == (None,)
 
 
 def write_shard(
     directory: Path,
     identity: str,
     keys: KeyArray,
-    rows: torch.Tensor,
+    rows: Rows,
     given_dtype: torch.dtype,
     *,
     repacked: bool = False,
@@ -81,7 +92,7 @@ def write_shard(
         directory: The directory of the store.
         identity: Digest of the encoder.
         keys: Distinct keys ``(n, 2)``.
-        rows: Rows ``(n, *row_shape)`` in the storage dtype.
+        rows: Rows ``(n, *row_shape)``, or sequences, in the storage dtype.
         given_dtype: Dtype that look-ups return.
         repacked: Whether the rows come from other shards, which this one takes the place of.
 
@@ -89,12 +100,16 @@ def write_shard(
         StoreError: The directory cannot be written.
     """
     path = directory / f"shard-{secrets.token_hex(8)}.safetensors"
-    tensors = {"keys": torch.from_numpy(keys), "values": rows}
-    about = {"quatcache": "shard", "identity": identity, "given_dtype": _name(given_dtype)}
+    about = {"quatcache": _SHARD, "identity": identity, "given_dtype": _name(given_dtype)}
+    tensors = {"keys": torch.from_numpy(keys)}
+    if isinstance(rows, RaggedRows):
+        about["quatcache"], rows = _SEQUENCES, rows.packed()
+        tensors["offsets"] = rows.offsets
+    tensors["values"] = rows if isinstance(rows, torch.Tensor) else rows.values
     if repacked:
         about["repacked"] = "true"
     written = write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
-    return ShardEntry(path.name, len(keys), written.bytes, written.xxh3)
+    return ShardEntry(path.name, len(keys), written.bytes, written.xxh3, _longest(rows))
 
 
 def open_shard(
@@ -105,7 +120,7 @@ def open_shard(
     *,
     verify_checksum: bool = True,
     memory_map: bool = True,
-) -> tuple[KeyArray, torch.Tensor, bool]:
+) -> tuple[KeyArray, Rows, bool]:
     """Open one shard, and hold it against its entry before a row of it is used.
 
     Args:
@@ -117,7 +132,7 @@ def open_shard(
         memory_map: Map the file; false: read it whole, as network disks need it.
 
     Returns:
-        Keys ``(n, 2)``, rows ``(n, *row_shape)``, and whether the rows were repacked from other shards.
+        Keys ``(n, 2)``, n rows or sequences, and whether the rows were repacked from other shards.
 
     Raises:
         FormatError: The shard is missing, damaged, or of another encoder.
@@ -129,15 +144,15 @@ def open_shard(
         raise FormatError(f"{path} belongs to encoder {about.get('identity')}; its rows are encoded again.")
     if verify_checksum and checksum(path) != entry.xxh3:
         raise FormatError(f"{path} does not match its checksum; its rows are encoded again.")
-    keys, rows = _keys_and_rows(path, tensors)
+    keys, rows = _keys_and_rows(path, tensors, about)
     if len(keys) != entry.rows:
         raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
     given, expected = about.get("given_dtype"), _name(kind.given_dtype)
     if given != expected:
         raise FormatError(f"{path} gives rows as {given} instead of {expected}; it is encoded again.")
-    if (tuple(rows.shape[1:]), rows.dtype) != (kind.row_shape, kind.dtype):
+    if (row_shape_of(rows), rows.dtype) != (kind.row_shape, kind.dtype):
         raise FormatError(
-            f"{path} holds {rows.dtype} rows of shape {tuple(rows.shape[1:])} instead of {kind.dtype} rows of shape "
+            f"{path} holds {rows.dtype} rows of shape {row_shape_of(rows)} instead of {kind.dtype} rows of shape "
             f"{kind.row_shape}; it is encoded again."
         )
     return keys.numpy(), rows, about.get("repacked") == "true"
@@ -155,25 +170,42 @@ def judge_alone(path: Path, identity: str) -> tuple[ShardEntry, RowKind]:
     """
     tensors, about = open_tensors(path)
     recorded = about.pop("xxh3", None)
-    if about.get("quatcache") != "shard" or about.get("identity") != identity:
+    if about.get("quatcache") not in {_SHARD, _SEQUENCES} or about.get("identity") != identity:
         raise FormatError(f"{path} belongs to encoder {about.get('identity')}; it is left out.")
     if recorded is None or content_digest(about, tensors) != recorded:
         raise FormatError(f"{path} does not match its own digest; its rows are encoded again.")
-    keys, rows = _keys_and_rows(path, tensors)
+    keys, rows = _keys_and_rows(path, tensors, about)
     given_dtype = DTYPES.get(about.get("given_dtype", ""))
     if given_dtype is None or rows.dtype not in DTYPES.values():
         raise FormatError(f"{path} names no known dtype; its rows are encoded again.")
-    entry = ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path))
-    return entry, RowKind(tuple(rows.shape[1:]), rows.dtype, given_dtype)
+    entry = ShardEntry(path.name, len(keys), path.stat().st_size, checksum(path), _longest(rows))
+    return entry, RowKind(row_shape_of(rows), rows.dtype, given_dtype)
 
 
-def _keys_and_rows(path: Path, tensors: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _keys_and_rows(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> tuple[torch.Tensor, Rows]:
     keys, rows = tensors.get("keys"), tensors.get("values")
     if keys is None or rows is None or keys.dtype != torch.int64 or keys.dim() != 2 or keys.shape[1] != 2:
         raise FormatError(f"{path} does not hold keys and values; its rows are encoded again.")
+    if about.get("quatcache") == _SEQUENCES:
+        return keys, _sequences(path, rows, tensors.get("offsets"), len(keys))
     if not rows.dim() or len(rows) != len(keys):
         raise FormatError(f"{path} holds rows of shape {tuple(rows.shape)} for {len(keys)} keys; it is encoded again.")
     return keys, rows
+
+
+def _sequences(path: Path, values: torch.Tensor, offsets: torch.Tensor | None, count: int) -> RaggedRows:
+    """Check where sequences begin and end before one is read: a place outside the file would end the process."""
+    if offsets is None or offsets.dtype != torch.int64 or offsets.shape != (count + 1,) or not values.dim():
+        raise FormatError(f"{path} does not hold offsets for {count} sequences; they are encoded again.")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != len(values) or bool((offsets[1:] < offsets[:-1]).any()):
+        raise FormatError(f"{path} has offsets that do not run from 0 to {len(values)}; it is encoded again.")
+    return RaggedRows.between(values, offsets)
+
+
+def _longest(rows: Rows) -> int | None:
+    if isinstance(rows, torch.Tensor):
+        return None
+    return int(rows.lengths.max()) if len(rows) else 0
 
 
 def _name(dtype: torch.dtype) -> str:

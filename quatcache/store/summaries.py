@@ -56,7 +56,7 @@ class StoreSummary:
         problem: Why not; None if it can.
         newer: Whether a newer version of the format wrote it.
         shards: How many shards belong to it.
-        bytes: Bytes of its files, strays not counted.
+        bytes: Bytes of its files, strays and locks not counted.
         last_used: When a run last opened or wrote it, in seconds since 1970.
     """
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.buffer import RowBuffer, assemble_rows
-from quatcache.store.protocol import Found, Positions
+from quatcache.store.buffer import RowBuffer
+from quatcache.store.protocol import Found, Positions, RowShape, Values
+from quatcache.store.rows import Buffer, Rows, assemble, new_buffer, wrapped
 
 __all__ = ["TensorStore"]
 
@@ -34,7 +37,10 @@ class TensorStore:
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, capacity: int = 0) -> None:
         """Start empty; memory is taken when the first rows tell their shape."""
-        self._buffer = RowBuffer(device, dtype, capacity)
+        self._new_buffer: Callable[[Values], Buffer] = partial(
+            new_buffer, device=device, dtype=dtype, capacity=capacity
+        )
+        self._buffer: Buffer = RowBuffer(device)
         self._index = KeyIndex()
 
     @classmethod
@@ -42,7 +48,7 @@ class TensorStore:
         cls,
         keys: KeyArray,
         numbers: npt.NDArray[np.int64],
-        rows: torch.Tensor,
+        rows: Rows,
         given_dtype: torch.dtype | None = None,
     ) -> TensorStore:
         """Wrap rows that are in memory already, without a copy.
@@ -50,11 +56,11 @@ class TensorStore:
         Args:
             keys: Distinct keys ``(K, 2)``.
             numbers: The row of each key, ``(K,)``.
-            rows: ``(N, *shape)``, on the device where they stay.
+            rows: N rows, on the device where they stay.
             given_dtype: The dtype that look-ups return; None: that of the rows.
         """
         store = cls()
-        store._buffer = RowBuffer.of(rows, given_dtype)
+        store._buffer = wrapped(rows, given_dtype)
         store._index.add(keys, numbers)
         return store
 
@@ -73,7 +79,7 @@ class TensorStore:
         return len(self._index)
 
     @property
-    def row_shape(self) -> tuple[int, ...] | None:
+    def row_shape(self) -> RowShape | None:
         """Shape of one row; None while empty."""
         return self._buffer.row_shape
 
@@ -83,8 +89,8 @@ class TensorStore:
         return self._buffer.nbytes
 
     @property
-    def rows(self) -> torch.Tensor:
-        """The rows in use ``(N, *row_shape)`` in the storage dtype: a view."""
+    def rows(self) -> Any:
+        """The rows in use ``(N, *row_shape)`` in the storage dtype: a view; of sequences, as they lie in memory."""
         return self._buffer.rows
 
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
@@ -95,25 +101,31 @@ class TensorStore:
         """Give the positions of the absent keys."""
         return np.flatnonzero(self.rows_of(keys) < 0)
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """Read rows ``(B,)`` into a new tensor ``(B, *row_shape)`` on the store's device, in the encoder's dtype."""
+    def gather(self, rows: torch.Tensor) -> Any:
+        """Read rows ``(B,)`` on the store's device, in the encoder's dtype.
+
+        Returns:
+            A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
+        """
         return self._buffer.gather(rows)
 
     def get_many(self, keys: KeyArray) -> Found:
-        """Give the hits only, as ``(H, *row_shape)``."""
+        """Give the hits only."""
         rows = self.rows_of(keys)
         positions = np.flatnonzero(rows >= 0)
         return Found(positions, self.gather(torch.from_numpy(rows[positions])))
 
-    def put_many(self, keys: KeyArray, values: torch.Tensor) -> None:
-        """Store rows ``(n, *row_shape)`` for distinct keys; a present key gets the new row.
+    def put_many(self, keys: KeyArray, values: Values) -> None:
+        """Store rows ``(n, *row_shape)``, or sequences, for distinct keys; a present key gets the new row.
 
         Raises:
             EncoderOutputError: The rows have another shape or dtype than those stored, or do not fit the storage dtype.
         """
         if not len(keys):
             return
-        rows = self._buffer.checked(values)
+        if self._buffer.row_shape is None:
+            self._buffer = self._new_buffer(values)
+        rows: Any = self._buffer.checked(values)
         numbers = self._index.find(keys)
         fresh, used = numbers < 0, len(self._buffer)
         if not fresh.all():
@@ -132,6 +144,6 @@ class TensorStore:
         keys, numbers = self._index.items()
         return TensorStore.of(keys, numbers, self.rows.to(device), self.given_dtype)
 
-    def assemble(self, size: int, parts: Sequence[Found]) -> torch.Tensor:
+    def assemble(self, size: int, parts: Sequence[Found]) -> Any:
         """Put rows in the order of their positions, on the store's device and in the encoder's dtype."""
-        return assemble_rows(size, parts, self.given_dtype, self.device)
+        return assemble(size, parts, self.given_dtype, self.device)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from quatcache.errors import ConfigError
-from quatcache.training.config import CacheConfig
+from quatcache.training.config import CacheConfig, CacheType, checked_config
+from quatcache.training.guards import checked_metrics, encoders_of
 from quatcache.training.lightning import Callback, LightningModule, Trainer
 from quatcache.training.report import CacheReport
 from quatcache.training.session import CacheSession
 
 __all__ = ["CacheCallback"]
+
+logger = logging.getLogger(__name__)
 
 
 class CacheCallback(Callback):
@@ -32,7 +36,7 @@ class CacheCallback(Callback):
 
     def __init__(self, config: CacheConfig | None = None) -> None:
         """Keep the config; nothing is touched before a run."""
-        self.config = config
+        self.config = checked_config(config, "config is", remedy="pass")
         self.report = CacheReport()
         self.brought_by_model = False
         self._session: CacheSession | None = None
@@ -47,9 +51,23 @@ class CacheCallback(Callback):
         self._end()
         self._session = CacheSession(trainer, pl_module, self.config)
         self.report = self._session.report
+        if self.config is not None:
+            self._tell_if_nothing_is_cached(pl_module, self.config)
+
+    def _tell_if_nothing_is_cached(self, module: LightningModule, config: CacheConfig) -> None:
+        reasons = []
+        for name, encoder in sorted(encoders_of(module).items()):
+            if not encoder.trainable and config.tier_of(name) is not CacheType.NONE:
+                return
+            reasons.append(f"encoder {name!r} is {'trainable' if encoder.trainable else 'on tier NONE'}")
+        self.report.labels_reason = ", ".join(reasons)
+        logger.info(self.report.line())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill, now that the model is on its device and its weights are restored, and no loader was made."""
+        if isinstance(getattr(pl_module, "cache_callback", None), CacheCallback):  # a TrainableModel
+            model: Any = pl_module
+            checked_metrics(model.configure_metrics())  # what the first validation would refuse, before the fill
         if self._session is not None:
             self._session.prepare()
 
@@ -64,8 +82,9 @@ class CacheCallback(Callback):
             self._session.receipt.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the report, while the loggers are open."""
+        """Commit what was cached in steps, and log the report, while the loggers are open."""
         if self._session is not None:
+            self._session.finish()
             self._session.receipt.log()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.errors import StaleRowsError
 from quatcache.keys import KeyArray, distinct
+from quatcache.sequences import PaddedSequences
 from quatcache.store import DiskStore
 
 __all__ = ["Canary", "relative_differences"]
@@ -72,6 +73,8 @@ class Canary:
         self._verify = verify
         self.wanted = 0
         self.compared = 0
+        self._told = 0
+        self._before = 0
 
     def begin(self, parts: int) -> int:
         """Start with another dataset; the store may have got rows since.
@@ -86,11 +89,13 @@ class Canary:
         due = self._environment not in self._known
         self.wanted = (ROWS if due else 0) if self._verify == "auto" else self._verify
         self.wanted = -(-self.wanted // parts) if len(self._store) else 0
+        self._before = self._store.numbered
         return self.wanted
 
     def conclude(self) -> None:
         """Record the environment as one in which the encoder gives the rows that are stored, if that was seen."""
-        if self.compared:
+        if self.compared > self._told:
+            self._told = self.compared
             logger.info(
                 "Encoder %r: %d stored rows agree with what it gives now%s.", self.name, self.compared, self._changes()
             )
@@ -109,7 +114,8 @@ class Canary:
         if not self.wanted:
             return
         firsts, _ = distinct(keys)
-        present = firsts[self._store.rows_of(keys[firsts]) >= 0]
+        rows = self._store.rows_of(keys[firsts])
+        present = firsts[(rows >= 0) & (rows < self._before)]  # rows of this run agree with themselves
         if not len(present):
             return
         chosen = np.random.default_rng().permutation(present)[: self.wanted]  # its own: training draws from the global
@@ -128,13 +134,13 @@ class Canary:
         self.wanted -= len(chosen)
         self.compared += len(chosen)
 
-    def _encode(self, items: Sequence[Any]) -> torch.Tensor:
+    def _encode(self, items: Sequence[Any]) -> Any:
         """Encode items as a fill would, rounded as their rows were."""
         encoder, size = self._encoder(), self._batch_size
         parts = [encoder.encode(items[start : start + size]).cpu() for start in range(0, len(items), size)]
-        rows = torch.cat(parts)
-        dtype = self._store.manifest.dtype
-        return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype).to(rows.dtype)
+        whole = PaddedSequences.concatenate if isinstance(parts[0], PaddedSequences) else torch.cat
+        rows, dtype = whole(parts), self._store.manifest.dtype
+        return rows if dtype is None or not rows.dtype.is_floating_point else rows.to(dtype).to(rows.dtype)
 
     def _tolerance(self, given: torch.dtype) -> float:
         dtypes = (given, self._store.manifest.dtype, self._narrowest)
@@ -150,11 +156,11 @@ class Canary:
         )
 
 
-def relative_differences(stored: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+def relative_differences(stored: Any, now: Any) -> torch.Tensor:
     """Measure how far rows are from each other, each relative to the length of the stored one.
 
     Args:
-        stored: ``(n, *shape)``.
+        stored: ``(n, *shape)``; or sequences, as one row each.
         now: Of the same shape and dtype, else each row counts as infinitely far.
 
     Returns:
@@ -164,8 +170,12 @@ def relative_differences(stored: torch.Tensor, now: torch.Tensor) -> torch.Tenso
         >>> relative_differences(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]]))
         tensor([0.1000], dtype=torch.float64)
     """
-    if (stored.shape, stored.dtype) != (now.shape, now.dtype):
-        return torch.full((len(stored),), float("inf"), dtype=torch.float64)
+    unlike = torch.full((len(stored),), float("inf"), dtype=torch.float64)
+    if isinstance(stored, PaddedSequences) and isinstance(now, PaddedSequences):
+        differences = relative_differences(stored.values[:, : now.shape[1]], now.values[:, : stored.shape[1]])
+        return torch.where(stored.lengths == now.lengths, differences, unlike)
+    if (type(stored), stored.shape, stored.dtype) != (type(now), now.shape, now.dtype):
+        return unlike
     one, other = stored.reshape(len(stored), -1), now.reshape(len(now), -1)
     if not stored.is_floating_point():
         return torch.where((one == other).all(dim=1), 0.0, float("inf")).double()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quatcache.data.samples import LAYOUTS, SampleLayout
@@ -11,7 +16,49 @@ from quatcache.keys import KeyArray
 from quatcache.store import DTYPES, DatasetTable
 from quatcache.training.keying import Chunk
 
-__all__ = ["ColumnsInMaking"]
+__all__ = ["ColumnsInMaking", "Part"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of several processes has read of a dataset.
+
+    Attributes:
+        indices: Which samples, int64 ``(n,)``.
+        table: Their keys and targets.
+        targets_reason: Why it has no targets; None if it has, or if none are wanted.
+    """
+
+    indices: npt.NDArray[np.int64]
+    table: DatasetTable
+    targets_reason: str | None
+
+    def describe(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Put the part among the tensors of a file.
+
+        Args:
+            name: Its name there.
+            tensors: Those of the file.
+
+        Returns:
+            What :meth:`read` needs, as JSON values.
+        """
+        columns = sorted(self.table.keys)
+        tensors[f"indices.{name}"] = torch.from_numpy(self.indices)
+        for number, column in enumerate(columns):
+            tensors[f"keys.{name}.{number}"] = torch.from_numpy(self.table.keys[column])
+        for number, target in enumerate(self.table.targets or ()):
+            tensors[f"target.{name}.{number}"] = target
+        count = None if self.table.targets is None else len(self.table.targets)
+        return {"layout": self.table.layout, "columns": columns, "targets": count, "reason": self.targets_reason}
+
+    @classmethod
+    def read(cls, name: str, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Part:
+        """Take a part out of the tensors of a file; see :meth:`describe`."""
+        keys = {column: tensors[f"keys.{name}.{number}"].numpy() for number, column in enumerate(about["columns"])}
+        count = about["targets"]
+        targets = None if count is None else tuple(tensors[f"target.{name}.{number}"] for number in range(count))
+        return cls(tensors[f"indices.{name}"].numpy(), DatasetTable(keys, targets, about["layout"]), about["reason"])
 
 
 class ColumnsInMaking:
@@ -37,7 +84,7 @@ class ColumnsInMaking:
             count = min(size, len(known))
             self._layout = LAYOUTS[known.layout]
             for name, keys in known.keys.items():
-                self._keys[name] = np.empty((size, *keys.shape[1:]), np.int64)
+                self._keys[name] = np.zeros((size, *keys.shape[1:]), np.int64)
                 self._keys[name][:count] = keys[:count]
             if known.targets is not None:
                 self._targets = [torch.empty((size, *column.shape[1:]), dtype=column.dtype) for column in known.targets]
@@ -58,10 +105,46 @@ class ColumnsInMaking:
                 f"the dataset mixes {self._layout.name} and {layout.name} samples; let it return one kind of sample."
             )
         for name, keys in chunk.keys.items():
-            if name not in self._keys:
-                self._keys[name] = np.empty((self._size, *keys.shape[1:]), np.int64)
-            self._keys[name][chunk.indices] = keys
+            self.put_keys(np.asarray(chunk.indices), name, keys)
         self._put_targets(chunk)
+
+    def put_part(self, part: Part) -> None:
+        """Take in what another process has read.
+
+        Raises:
+            SampleError: Its samples are of another kind than those before.
+        """
+        if part.table.targets is None and self.targets_reason is None:
+            self.targets_reason = part.targets_reason or "no targets were kept"
+        keys, layout = dict(part.table.keys), part.table.layout
+        self.put(Chunk(part.indices, [], part.table.targets or (), layout, keys))  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int | None:
+        """Items of a sample; None while no sample is known."""
+        return None if self._layout is None else self._layout.items_per_sample
+
+    def chunk(self, indices: npt.NDArray[np.int64], what: str) -> Chunk:
+        """Give the keys of samples that were taken in, as a chunk of items that say only where they are.
+
+        Args:
+            indices: The samples.
+            what: The dataset, for messages.
+        """
+        assert self._layout is not None
+        items = [f"{place} of {what}" for place in indices.repeat(self._layout.items_per_sample).tolist()]
+        keys = {name: keys[indices] for name, keys in self._keys.items()}
+        return Chunk(indices, items, (), self._layout.name, keys)  # type: ignore[arg-type]
+
+    def put_keys(self, indices: npt.NDArray[np.int64], name: str, keys: KeyArray) -> None:
+        """Take in a column of keys for samples that were taken in."""
+        if name not in self._keys:
+            self._keys[name] = np.zeros((self._size, *keys.shape[1:]), np.int64)
+        self._keys[name][indices] = keys
+
+    def keys_of(self, indices: npt.NDArray[np.int64], name: str) -> KeyArray:
+        """Give one column of keys of samples that were taken in."""
+        return self._keys[name][indices]
 
     def _put_targets(self, chunk: Chunk) -> None:
         if self.targets_reason is not None:
@@ -83,6 +166,11 @@ class ColumnsInMaking:
                 self.targets_reason = "targets change their type or shape within the dataset"
                 return
             mine[chunk.indices] = column
+
+    @property
+    def targets(self) -> tuple[torch.Tensor, ...] | None:
+        """Target columns of full length, right for the samples that were taken in; None while there are none."""
+        return None if self._targets is None or self.targets_reason is not None else tuple(self._targets)
 
     def table(self, with_targets: bool) -> DatasetTable:
         """Give the table, once every sample was taken in."""

@@ -5,6 +5,7 @@ Two commands stand on it: ``fit``, which runs it, and ``plan``, which only wants
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import os
 import sys
@@ -18,6 +19,9 @@ from quatcache.training.lightning import LightningDataModule, cli_module
 from quatcache.training.module import TrainableModel
 
 __all__ = ["command_line"]
+
+PLAN = "quatcache cache plan"
+"""The command that wants objects and no run."""
 
 
 def command_line(arguments: Sequence[str] | None, *, run: bool = True) -> Any:
@@ -34,7 +38,7 @@ def command_line(arguments: Sequence[str] | None, *, run: bool = True) -> Any:
 
     Raises:
         MissingDependencyError: jsonargparse is not installed.
-        SystemExit: The arguments cannot be parsed, or help was asked for.
+        SystemExit: The arguments cannot be parsed (told in a sentence if nothing is run), or help was asked for.
     """
     if find_spec("jsonargparse") is None:
         raise MissingDependencyError(
@@ -58,16 +62,21 @@ def command_line(arguments: Sequence[str] | None, *, run: bool = True) -> Any:
     if "" not in sys.path and os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds strings
         sys.path.append(os.getcwd())  # noqa: PTH109
     settings: dict[str, Any] = {} if run else {"run": False, "save_config_callback": None}
+    parser: dict[str, Any] = {"prog": "quatcache"} if run else {"prog": PLAN, "exit_on_error": False}
     with warnings.catch_warnings():
         if not run:  # what is parsed here is a part of the process's own command line
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        return CommandLine(
-            TrainableModel,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "quatcache"},
-            args=None if arguments is None else list(arguments),
-            **settings,
-        )
+        try:
+            return CommandLine(
+                TrainableModel,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs=parser,
+                args=None if arguments is None else list(arguments),
+                **settings,
+            )
+        except argparse.ArgumentError as error:
+            print(f"{PLAN}: error: {error}\ntip: quatcache fit --help lists what it takes", file=sys.stderr)
+            raise SystemExit(2) from error

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from quatcache.errors import ConfigError
+from quatcache.errors import ConfigError, QuatcacheError, shorten
 from quatcache.keys import KeyExtractor
+from quatcache.units import counted, parse_size
 
-__all__ = ["CacheConfig", "CacheType"]
+__all__ = ["CacheConfig", "CacheType", "checked_config"]
+
+_T = TypeVar("_T")
 
 
 class CacheType(str, Enum):
@@ -34,6 +40,25 @@ class CacheType(str, Enum):
     DISK = "disk"
 
 
+def _naming_unknown_settings(cls: type[_T]) -> type[_T]:
+    """Let a class refuse keywords that it does not know with the closest one that it does."""
+    plain: Any = cls.__init__
+    known = list(inspect.signature(plain).parameters)[1:]
+
+    @wraps(plain)
+    def checked(self: _T, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}."
+                raise ConfigError(f"{cls.__name__} has no setting {name}; {remedy}")
+        plain(self, *args, **settings)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_naming_unknown_settings
 @dataclass(frozen=True)
 class CacheConfig:
     """How the frozen encoders of a model are cached.
@@ -50,6 +75,13 @@ class CacheConfig:
             single-process; ``True``: also with workers and key extractors; ``False``: never.
         dtype: Storage dtype of floating rows, for instance ``torch.float16`` or ``"float16"``; None: as the encoder
             gives them. Look-ups return the encoder's dtype.
+        max_size: Byte budget of each encoder's rows, a number or a size such as ``"8GiB"``; items beyond it are encoded
+            each time they are met, in the same step. None: no limit. Nothing that is stored already is removed.
+        num_views: Versions of each sample that are cached, for datasets that augment: each is read under seeds of its
+            own, and one is chosen per epoch. Datasets that give the same items each time are cached once.
+        fill: ``"eager"``: one pass over the data before the run; ``"lazy"``: rows are cached as batches meet them. Rows
+            of an IterableDataset, and of a run that takes less than half of a dataset, are cached as they are met too.
+        on_miss: What a step does with an item whose row is not cached: ``"encode"`` it, or ``"error"``.
         verify: Stored rows that are encoded again and compared before any is used: ``"auto"``: 8, if library versions
             or hardware differ from those of the fill; a number: so many in each run; 0: none.
         checksums: Compare each file of rows with its checksum when it is opened; False saves reading a huge cache whole
@@ -73,6 +105,10 @@ class CacheConfig:
     key_extractors: Mapping[str, KeyExtractor] | KeyExtractor = field(default_factory=dict)
     labels: Literal["auto"] | bool = "auto"
     dtype: torch.dtype | str | None = None
+    max_size: int | str | None = None
+    num_views: int = 1
+    fill: Literal["eager", "lazy"] = "eager"
+    on_miss: Literal["encode", "error"] = "encode"
     verify: Literal["auto"] | int = "auto"
     checksums: bool = True
     memory_map: bool = True
@@ -81,6 +117,8 @@ class CacheConfig:
         """Check every field, and turn names into what they name."""
         set_ = object.__setattr__
         set_(self, "cache_type", _tier("cache_type", self.cache_type))
+        if not isinstance(self.mapping, Mapping):
+            raise ConfigError(f"mapping is {shorten(self.mapping)}; give a dict of encoder names to tiers.")
         set_(self, "mapping", {name: _tier(f"mapping[{name!r}]", tier) for name, tier in dict(self.mapping).items()})
         _float_dtype(self.dtype)
         if not _is_count(self.batch_size, 1):
@@ -89,13 +127,36 @@ class CacheConfig:
             raise ConfigError(f"num_workers is {self.num_workers!r}; give a number of processes, 0 for none, or None.")
         if self.labels not in ("auto", True, False) or isinstance(self.labels, int) != isinstance(self.labels, bool):
             raise ConfigError(f"labels is {self.labels!r}; use 'auto', True or False.")
-        extractors = [self.key_extractors] if callable(self.key_extractors) else list(self.key_extractors.values())
-        for extractor in extractors:
+        given = self.key_extractors
+        extractors: Mapping[Any, Any] = given if isinstance(given, Mapping) else {None: given}
+        for extractor in extractors.values():
             if not callable(extractor):
                 raise ConfigError(
-                    f"key_extractors holds {extractor!r}; give a function from an item to its key, or a dict of them "
-                    "by encoder name."
+                    f"key_extractors {'holds' if extractors is given else 'is'} {shorten(extractor)}; give a function "
+                    "from an item to its key, or a dict of them by encoder name."
                 )
+        if self.save_dir is not None and not (
+            isinstance(self.save_dir, str | os.PathLike) and os.fspath(self.save_dir)
+        ):
+            raise ConfigError(
+                f"save_dir is {shorten(self.save_dir)}; name a directory, or leave it unset to cache in memory."
+            )
+        if not _is_count(self.num_views, 1):
+            raise ConfigError(f"num_views is {self.num_views!r}; give the versions of each sample, at least 1.")
+        if self.num_views > 1 and extractors:
+            raise ConfigError(
+                f"num_views is {self.num_views} and key_extractors are set, so the views of a sample would share one "
+                "key and one row; use one of the two."
+            )
+        set_(self, "max_size", _bytes(self.max_size))
+        for setting, values in (("fill", ("eager", "lazy")), ("on_miss", ("encode", "error"))):
+            if getattr(self, setting) not in values:
+                raise ConfigError(f"{setting} is {getattr(self, setting)!r}; use {values[0]!r} or {values[1]!r}.")
+        if self.fill == "lazy" and self.on_miss == "error":
+            raise ConfigError(
+                "fill is 'lazy' and on_miss is 'error', so the first batch would end the run; use fill='eager' or "
+                "on_miss='encode'."
+            )
         if self.verify != "auto" and not _is_count(self.verify, 0):
             raise ConfigError(f"verify is {self.verify!r}; give a number of rows, 0 for none, or 'auto'.")
         for setting in ("checksums", "memory_map"):
@@ -145,7 +206,8 @@ class CacheConfig:
         if any(self.extractor_of(name) is not None for name in cached):
             return False, "keys come from key_extractors (labels=True caches them all the same)"
         if self.num_workers:
-            return False, f"the fill has {self.num_workers} workers (labels=True caches them all the same)"
+            workers = counted(self.num_workers, "worker")
+            return False, f"the fill has {workers} (labels=True caches them all the same)"
         return True, "every encoder is cached, keys are the default ones and the fill is single-process"
 
     def check_against(self, trainable: Mapping[str, bool]) -> None:
@@ -175,6 +237,27 @@ class CacheConfig:
             raise ConfigError("tier GPU was asked for, but CUDA is not available here; use CPU, DISK or AUTO.")
 
 
+def checked_config(
+    config: object, found: str, error: type[QuatcacheError] = ConfigError, remedy: str = "return"
+) -> CacheConfig | None:
+    """Give a config back, and refuse what is none.
+
+    Args:
+        config: What was found; None: nothing is to be cached.
+        found: Beginning of the message: where it was found, and a verb.
+        error: What is raised.
+        remedy: What to do with a CacheConfig there.
+
+    Example:
+        >>> checked_config({}, "config is", remedy="pass")
+        Traceback (most recent call last):
+        quatcache.errors.ConfigError: config is {}; pass a CacheConfig, or None.
+    """
+    if config is None or isinstance(config, CacheConfig):
+        return config
+    raise error(f"{found} {shorten(config)}; {remedy} a CacheConfig, or None.")
+
+
 def _tier(setting: str, value: object) -> CacheType:
     try:
         return CacheType(value.lower() if isinstance(value, str) and not isinstance(value, CacheType) else value)
@@ -194,6 +277,16 @@ def _float_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
             f"dtype is {value!r}; use one of {', '.join(known)}, or None to store what the encoder gives."
         )
     return dtype
+
+
+def _bytes(value: object) -> int | None:
+    try:
+        size = parse_size(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ConfigError(f"max_size: {error}.") from None
+    if size is not None and not _is_count(size, 1):
+        raise ConfigError(f"max_size is {value!r}; give a number of bytes, a size such as '8GiB', or None.")
+    return size  # type: ignore[return-value]
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -6,7 +6,7 @@ sample of items only, and a grown dataset its new part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,18 @@ from quatcache.data.samples import LAYOUTS
 from quatcache.errors import ConfigError
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
-from quatcache.training.columns import ColumnsInMaking
+from quatcache.training.columns import ColumnsInMaking, Part
 from quatcache.training.encoder_fill import WINDOW, EncoderFill
+from quatcache.training.extracted import ExpectedRows
 from quatcache.training.keying import Chunk, ChunkReader
 from quatcache.training.progress import FillProgress
 from quatcache.training.verify import SAMPLED, matching_table, reread
+from quatcache.training.views import changing
 
 __all__ = ["DatasetFill"]
+
+BLOCK = 1 << 16
+"""Samples whose keys are looked at together."""
 
 
 @dataclass
@@ -40,6 +45,8 @@ class DatasetFill:
         encoders: The encoders that are cached.
         targets: Whether to keep targets.
         number: Of the dataset within the run.
+        table: What is known of it; in the end all of it.
+        counted: Items, by encoder, that were counted while ranks read their shares.
     """
 
     name: str
@@ -49,6 +56,9 @@ class DatasetFill:
     targets: bool = False
     number: int = 0
     table: DatasetTable | None = None
+    counted: dict[str, int] = field(default_factory=dict)
+    _columns: ColumnsInMaking | None = None
+    _unread: npt.NDArray[np.bool_] | None = None
     _to_read: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _targets_reason: str | None = None
 
@@ -81,7 +91,7 @@ class DatasetFill:
         """
         reader = self.chunk_reader
         by_index = any(encoder.scheme.salt is not None for encoder in self.encoders)
-        self.table = None
+        self.table, self._columns = None, None
         if directory is not None and not by_index:
             names = [column for encoder in self.encoders for column in (encoder.name, encoder.scheme.row_column)]
             self.table = matching_table(self.name, directory.tables(names), reader, self.targets)
@@ -93,16 +103,13 @@ class DatasetFill:
             keys = self.table.keys[encoder.scheme.row_column]  # type: ignore[union-attr]
             if encoder.extracted is not None:
                 encoder.extracted.learn(self.table)  # type: ignore[arg-type]
-            missing = encoder.store.missing(keys.reshape(-1, 2)) // keys.shape[1]
+            missing = encoder.lacking(keys.reshape(-1, 2)) // keys.shape[1]
             wanted[missing] = True
         self._to_read = np.flatnonzero(wanted)
         if len(self._to_read):
             item, target = reread(reader)
             if item is not None and not by_index:
-                raise ConfigError(
-                    f"item {item} of the {self.name} dataset differs between two reads, and a cache would keep one of "
-                    "them for ever; use a fixed transform for it, or return None from configure_caches()."
-                )
+                raise changing(self.name, self.dataset, item)
             if target is not None and self.targets:
                 self.targets, self._targets_reason = False, f"the target of item {target} differs between two reads"
         return len(self._to_read)
@@ -111,6 +118,11 @@ class DatasetFill:
     def to_read(self) -> int:
         """Count the samples that must be read."""
         return len(self._to_read)
+
+    @property
+    def unread(self) -> npt.NDArray[np.int64]:
+        """The samples that must be read."""
+        return self._to_read
 
     def verify(self, parts: int) -> None:
         """Hold the stored rows of some random samples against the encoders, before any row is used or added.
@@ -141,32 +153,106 @@ class DatasetFill:
             context: How they are started, as the user's loader has it.
             advance: Told after each chunk.
         """
-        for encoder in self.encoders if self.table is not None else ():
-            known = (len(self.dataset) - len(self._to_read)) * self.table.keys[encoder.name].shape[1]  # type: ignore[union-attr]
-            encoder.counts += Counts(asked=known, hits=known)
+        self.count_known()
         if not len(self._to_read):
+            self._columns = None
             return
+        columns = self._columns or ColumnsInMaking(len(self.dataset), self.table)
         size = batch_size * WINDOW
         chunks = BatchSampler(_Indices(self._to_read), size, drop_last=False)
-        loader = DataLoader(
-            self.chunk_reader,
-            batch_sampler=chunks,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_share_by_name,
-            multiprocessing_context=context if num_workers else None,
-        )
-        columns = ColumnsInMaking(len(self.dataset), self.table)
-        for chunk in self._started(loader):
+        for chunk in self.chunks(chunks, num_workers, context):
             counts = Counts()
             for encoder in self.encoders:
                 chunk = encoder.resolve(chunk)
                 counts += encoder.fill(chunk, batch_size)
             columns.put(chunk)
             advance(len(chunk.indices), counts)
-        if self.targets:
-            self._targets_reason = columns.targets_reason
-        self.table = columns.table(self.targets)
+        self.settle(columns)
+        self._columns = None
+
+    def count_known(self) -> None:
+        """Count the items that need not be read among those that were asked for and found."""
+        for encoder in self.encoders:
+            known = max(self._known_items(encoder) - self.counted.pop(encoder.name, 0), 0)
+            encoder.counts += Counts(asked=known, hits=known)
+
+    def _known_items(self, encoder: EncoderFill) -> int:
+        if self._columns is None:
+            width = None if self.table is None else self.table.keys[encoder.name].shape[1]
+        else:
+            width = self._columns.width
+        return (len(self.dataset) - len(self._to_read)) * (width or 0)
+
+    def chunks(
+        self, batches: Iterable[Sequence[int] | npt.NDArray[np.int64]], num_workers: int, context: Any
+    ) -> Iterator[Chunk]:
+        """Read samples.
+
+        Args:
+            batches: The indices of each chunk.
+            num_workers: Processes that read.
+            context: How they are started.
+        """
+        loader = DataLoader(
+            self.chunk_reader,
+            batch_sampler=_Lists(batches),
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_share_by_name,
+            multiprocessing_context=context if num_workers else None,
+        )
+        return self._started(loader)
+
+    def gather(self, parts: Iterable[Part | None], expected: Mapping[str, ExpectedRows]) -> bool:
+        """Take over what ranks have read of what :meth:`plan` found unread.
+
+        Args:
+            parts: What each has read; None: nothing.
+            expected: For each encoder with a key extractor the rows that are there or will be.
+
+        Returns:
+            Whether every sample is known now.
+
+        Raises:
+            SampleError: The parts have samples of several kinds.
+        """
+        columns, unread = ColumnsInMaking(len(self.dataset), self.table), np.zeros(len(self.dataset), bool)
+        unread[self._to_read] = True
+        for part in parts:
+            if part is not None:
+                columns.put_part(part)
+                unread[part.indices] = False
+        whole = not unread.any()
+        if not whole and expected:
+            return False
+        for start in range(0, len(self._to_read) if expected else 0, BLOCK):
+            indices = self._to_read[start : start + BLOCK]
+            chunk = columns.chunk(indices, f"the {self.name} dataset")
+            for encoder in self.encoders:
+                if encoder.extracted is not None:
+                    column = encoder.scheme.row_column
+                    rows = encoder.extracted.resolve(chunk, expected[encoder.name]).keys[column]
+                    expected[encoder.name].expect(rows.reshape(-1, 2))
+                    columns.put_keys(indices, column, rows)
+        self._columns, self._unread = columns, unread
+        if whole:
+            self.settle(columns)
+        return whole
+
+    def look_again(self) -> None:
+        """Find out what is left to read, after ranks have read and encoded their shares."""
+        if self._columns is None or self._unread is None:
+            return
+        wanted, read = self._unread.copy(), np.flatnonzero(~self._unread)
+        for encoder in self.encoders:
+            keys = self._columns.keys_of(read, encoder.scheme.row_column)
+            wanted[read[encoder.lacking(keys.reshape(-1, 2)) // keys.shape[1]]] = True
+        self._to_read = np.flatnonzero(wanted)
+
+    def leave_targets(self, reason: str | None) -> None:
+        """Do not keep targets if the rank that read others could not."""
+        if reason is not None and self.targets:
+            self.targets, self._targets_reason = False, reason
 
     def _started(self, loader: DataLoader[Any]) -> Iterator[Chunk]:
         """Start the workers, if there are any."""
@@ -179,6 +265,12 @@ class DatasetFill:
                 f"the {self.name} dataset, an encoder or a key extractor cannot be sent to the workers of the fill "
                 f"({error}); define it at the top of a module, or leave num_workers unset."
             ) from error
+
+    def settle(self, columns: ColumnsInMaking) -> None:
+        """Take over what is known of every sample."""
+        if self.targets:
+            self._targets_reason = columns.targets_reason
+        self.table = columns.table(self.targets)
 
     def still_holds(self) -> bool:
         """Compare the dataset with what was indexed, as at a warm start: a hook may have changed it in place."""
@@ -198,13 +290,17 @@ class DatasetFill:
         return self._targets_reason
 
     def columns(self) -> CachedColumns:
-        """Resolve keys to row numbers: what the loaders work with."""
+        """Resolve keys to row numbers: what the loaders work with.
+
+        Raises:
+            ConfigError: A budget is too small for all rows, though steps must not encode.
+        """
         assert self.table is not None
         rows = {}
         for encoder in self.encoders:
             keys = self.table.keys[encoder.scheme.row_column]
             numbers = encoder.store.rows_of(keys.reshape(-1, 2))
-            assert (numbers >= 0).all(), f"encoder {encoder.name} lacks rows after its fill"
+            encoder.refuse_misses(self.name, numbers)
             rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))
         return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
 
@@ -220,6 +316,16 @@ class _Indices(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+
+class _Lists(Sampler[list[int]]):
+    """Yields chunks of indices as lists of Python ints."""
+
+    def __init__(self, batches: Iterable[Sequence[int] | npt.NDArray[np.int64]]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (np.asarray(batch).tolist() for batch in self._batches)
 
 
 def _share_by_name(worker: int) -> None:

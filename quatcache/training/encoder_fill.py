@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quatcache.encoders.frozen import FrozenEncoder
-from quatcache.read_through import Counts, fill_through
-from quatcache.store import DiskStore, Positions, RowStore, TensorStore
+from quatcache.errors import CacheMissError, ConfigError, StoreError, shorten
+from quatcache.keys import KeyArray
+from quatcache.read_through import Counts, fill_through, read_through
+from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
+from quatcache.store.buffer import as_rows
 from quatcache.training.canary import Canary
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk, KeyScheme
+from quatcache.training.lightning import isolate_rng
 from quatcache.training.memory import refuse_to_swap
 from quatcache.training.placement import Placement
 from quatcache.training.report import EncoderReport
+from quatcache.units import readable_size
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["WINDOW", "EncoderFill"]
 
@@ -39,6 +50,14 @@ class EncoderFill:
         counts: What was done so far.
         extracted: Compares items of one extracted key; None with default keys.
         canary: Compares stored rows with what the encoder gives now; None for rows of this run only.
+        dtype: Storage dtype of the store.
+        max_size: Budget in bytes for its rows; None: no limit.
+        on_miss: What to do with an item whose row is not there while a model trains: ``"encode"`` or ``"error"``.
+        persists: Whether its rows outlive the run, if they are on disk.
+        declines: Whether no more rows are kept, though there may be room in the budget.
+        fill_seconds: Time in the encoder for rows that were kept while a model trained.
+        in_steps: Items that were encoded while a model trained.
+        kept_in_steps: Those of them whose rows were kept.
         seconds: Time in the encoder so far, collating included.
         noted: How many items, and seconds, were written down with the rows.
     """
@@ -51,8 +70,17 @@ class EncoderFill:
     counts: Counts = field(default_factory=Counts)
     extracted: ExtractedKeys | None = None
     canary: Canary | None = None
+    dtype: torch.dtype | None = None
+    max_size: int | None = None
+    on_miss: str = "encode"
+    in_steps: int = 0
+    kept_in_steps: int = 0
+    declines: bool = False
+    fill_seconds: float = 0.0
+    persists: bool = True
     seconds: float = 0.0
     noted: tuple[int, float] = (0, 0.0)
+    _next_look: float = 0.0
 
     @property
     def pace(self) -> float | None:
@@ -73,10 +101,11 @@ class EncoderFill:
             self.counts.computed,
             self.counts.hits,
             self.counts.duplicates,
-            str(self.store.directory) if isinstance(self.store, DiskStore) else None,
+            str(self.store.directory) if isinstance(self.store, DiskStore) and self.persists else None,
             placement.reason,
             0 if self.canary is None else self.canary.compared,
             self.pace,
+            in_steps=self.in_steps,
         )
 
     def note_effort(self) -> None:
@@ -106,25 +135,125 @@ class EncoderFill:
         """Add the keys that rows are stored under, if they are others than those of the items."""
         return chunk if self.extracted is None else self.extracted.resolve(chunk, self.store)
 
+    @property
+    def _kept(self) -> RowStore:
+        if self.declines:
+            return BudgetStore(self.store, 0, self.dtype)
+        return self.store if self.max_size is None else BudgetStore(self.store, self.max_size, self.dtype)
+
+    def decline(self, error: Exception) -> None:
+        """Keep no more rows: training can go on without.
+
+        Args:
+            error: Why.
+        """
+        if not self.declines:
+            self.declines = True
+            logger.warning("%s Until then items of encoder %r are encoded each time they are met.", error, self.name)
+
+    def _decline_if_short(self) -> None:
+        """Look at most once a second how much memory is left."""
+        now = time.monotonic()
+        if isinstance(self.store, TensorStore) and not self.declines and now >= self._next_look:
+            self._next_look = now + 1.0
+            try:
+                refuse_to_swap(self.name, self.store)
+            except ConfigError as error:
+                self.decline(error)
+
+    def lacking(self, keys: KeyArray) -> Positions:
+        """Give the positions of the keys that a fill encodes: absent ones whose rows fit into the budget."""
+        missing = self.store.missing(keys)
+        kept = self._kept
+        return missing[kept.affordable(keys[missing])] if isinstance(kept, BudgetStore) else missing
+
+    def refuse_misses(self, name: str, numbers: npt.NDArray[np.int64]) -> None:
+        """Refuse a budget that is too small, if a step must not encode what is beyond it.
+
+        Args:
+            name: What the dataset is for, for the message.
+            numbers: Row numbers of its items, -1 where there is no row.
+
+        Raises:
+            ConfigError: Some items have none, and ``on_miss`` is ``"error"``.
+        """
+        missing = int((numbers < 0).sum())
+        if missing and self.on_miss == "error":
+            raise ConfigError(
+                f"max_size leaves {missing:,} of {len(numbers):,} items of the {name} dataset without a row of encoder "
+                f"{self.name!r}, and on_miss is 'error'; raise max_size ({readable_size(self.store.nbytes)} hold "
+                f"{len(self.store):,} rows), or use on_miss='encode'."
+            )
+
     def fill(self, chunk: Chunk, batch_size: int) -> Counts:
-        """Encode what the store lacks of a chunk."""
-        items = chunk.items
+        """Encode what the store lacks of a chunk, as far as the budget allows."""
+        self.verify(chunk)
+        if isinstance(self.store, TensorStore):
+            refuse_to_swap(self.name, self.store)
+        keys, items, kept = chunk.keys[self.scheme.row_column].reshape(-1, 2), chunk.items, self._kept
+        if isinstance(kept, BudgetStore):
+            positions = kept.affordable(keys)
+            keys, items = keys[positions], [items[position] for position in positions.tolist()]
+        counts = fill_through(keys, partial(self._encode, items), kept, batches=self._batching(items, batch_size))
+        self.counts += counts
+        return counts
 
-        def compute(positions: Positions) -> torch.Tensor:
-            encoder, started = self.frozen(), time.monotonic()
-            rows = encoder.encode([items[position] for position in positions.tolist()])
-            self.seconds += time.monotonic() - started
-            return rows
+    def answer(self, chunk: Chunk, batch_size: int) -> Any:
+        """Give the rows of a chunk, in the order of a batch: the first items of all samples before the second ones.
 
+        What the store lacks is encoded, and stored as far as the budget allows.
+
+        Returns:
+            ``(k * n, *row_shape)`` on the device of the store.
+
+        Raises:
+            CacheMissError: A row is not there, and ``on_miss`` is ``"error"``.
+        """
+        self.verify(chunk)
+        order = chunk.batch_order
+        keys = chunk.keys[self.scheme.row_column].reshape(-1, 2)[order]
+        items = [chunk.items[position] for position in order.tolist()]
+        missing = self.store.missing(keys)
+        if len(missing) and self.on_miss == "error":
+            raise CacheMissError(
+                f"item {shorten(items[missing[0]])} has no row of encoder {self.name!r}, and on_miss is 'error'; fill "
+                "the cache with the data of this run, or use on_miss='encode'."
+            )
+        if len(missing):
+            self._decline_if_short()
+        encoded, before, held = 0, self.seconds, len(self.store)
+
+        def compute(positions: Positions) -> Any:
+            nonlocal encoded
+            encoded += len(positions)
+            return self._encode(items, positions)
+
+        with isolate_rng() if len(missing) else nullcontext():  # the step must draw what it draws without a cache
+            try:
+                rows = read_through(keys, compute, self._kept, batches=self._batching(items, batch_size))
+            except StoreError as error:  # a full disk: what was committed is kept, and the rest stays in memory
+                self.decline(error)
+                rows = read_through(keys, compute, self._kept, batches=self._batching(items, batch_size))
+        self.counts += Counts(len(keys), len(keys) - len(missing), len(missing) - encoded, encoded)
+        self.in_steps += encoded
+        if encoded:
+            kept = len(self.store) - held
+            self.kept_in_steps += kept
+            self.fill_seconds += (self.seconds - before) * kept / encoded
+        return rows
+
+    def _encode(self, items: Sequence[Any], positions: Positions) -> Any:
+        encoder, started = self.frozen(), time.monotonic()
+        rows = encoder.encode([items[position] for position in positions.tolist()])
+        if self.dtype is not None:  # the same row whether it is found or was just made
+            rows = as_rows(rows, None, self.dtype).to(rows.dtype)
+        self.seconds += time.monotonic() - started
+        return rows
+
+    def _batching(self, items: Sequence[Any], batch_size: int) -> Callable[[Positions], Iterable[Positions]]:
         def batches(positions: Positions) -> Iterable[Positions]:
             lengths = np.array([self.length(items[position]) for position in positions.tolist()])
             ordered = positions[np.argsort(-lengths, kind="stable")]  # longest first: memory runs out at once or never
             return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
 
-        self.verify(chunk)
-        if isinstance(self.store, TensorStore):
-            refuse_to_swap(self.name, self.store)
-        keys = chunk.keys[self.scheme.row_column].reshape(-1, 2)
-        counts = fill_through(keys, compute, self.store, batches=batches)
-        self.counts += counts
-        return counts
+        return batches

@@ -12,16 +12,40 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quatcache.errors import shorten
-from quatcache.keys import distinct
+from quatcache.keys import KeyArray, KeyIndex, distinct
 from quatcache.store import DatasetTable, Positions, RowStore, TensorStore
 from quatcache.training.keying import Chunk, KeyScheme
 
-__all__ = ["ExtractedKeys"]
+__all__ = ["ExpectedRows", "ExtractedKeys"]
 
 logger = logging.getLogger(__name__)
+
+
+class ExpectedRows:
+    """The rows of a store, and those that will be there when items that were keyed are encoded.
+
+    Args:
+        store: What is there.
+    """
+
+    def __init__(self, store: RowStore) -> None:
+        """Expect nothing yet."""
+        self._store = store
+        self._index = KeyIndex()
+
+    def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
+        """Give a number of at least 0 for keys that have a row or will have one, else -1."""
+        return np.maximum(self._store.rows_of(keys), self._index.find(keys))
+
+    def expect(self, keys: KeyArray) -> None:
+        """Expect rows for keys ``(N, 2)``."""
+        firsts, _ = distinct(keys)
+        fresh = keys[firsts[self.rows_of(keys[firsts]) < 0]]
+        self._index.add(fresh, np.zeros(len(fresh), np.int64))
 
 
 class ExtractedKeys:
@@ -46,7 +70,7 @@ class ExtractedKeys:
         rows = table.keys[self._scheme.row_column].reshape(-1, 2)
         self._rows.put_many(keys[firsts], torch.from_numpy(rows[firsts]))
 
-    def resolve(self, chunk: Chunk, store: RowStore) -> Chunk:
+    def resolve(self, chunk: Chunk, store: RowStore | ExpectedRows) -> Chunk:
         """Add the row keys of the items of a chunk, under :attr:`KeyScheme.row_column`.
 
         Args:

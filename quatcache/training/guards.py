@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric
+from torchmetrics.retrieval.base import RetrievalMetric
 
 from quatcache.encoders import Encoder
 from quatcache.encoders.weights import named_modules, named_tensors, tensor_digest
-from quatcache.errors import ConfigError, ModelDefinitionError, NotFrozenError, shorten
+from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError, NotFrozenError, shorten
 from quatcache.training.lightning import LIGHTNING_PACKAGES, LightningModule, Trainer
 
-__all__ = ["FrozenGuard", "encoders_of", "leave_to_ranks", "refuse_transfer_hooks"]
+__all__ = [
+    "FrozenGuard",
+    "check_encoders",
+    "checked_metrics",
+    "encoders_of",
+    "given_together",
+    "leave_to_ranks",
+    "refuse_collections",
+    "refuse_transfer_hooks",
+]
 
 SHARE_OF_TIME = 0.01
 """Of the time of a fit, digesting the weights of encoders on the CPU takes at most so much."""
@@ -149,19 +160,80 @@ def encoders_of(module: LightningModule) -> MutableMapping[str, Any]:
     Raises:
         ModelDefinitionError: It has none, or something else.
     """
-    encoders = getattr(module, "encoders", None)
-    if not isinstance(encoders, nn.ModuleDict | MutableMapping) or not len(encoders):
-        raise ModelDefinitionError(
-            f"{type(module).__name__}.encoders is {shorten(encoders)}; make it a torch.nn.ModuleDict of encoder "
-            "names to Encoder objects."
-        )
+    encoders: Any = getattr(module, "encoders", None)
+    remedy = "make it a torch.nn.ModuleDict of encoder names to Encoder objects"
+    check_encoders(encoders, (nn.ModuleDict, MutableMapping), f"{type(module).__name__}.encoders is", remedy)
+    return encoders  # type: ignore[no-any-return]
+
+
+def check_encoders(encoders: Any, kinds: tuple[type[Any], ...], found: str, remedy: str) -> None:
+    """Refuse what does not hold encoders by name.
+
+    Args:
+        encoders: What was found.
+        kinds: What may hold them.
+        found: Beginning of the message: where it was found, and a verb.
+        remedy: End of the message, for what is of another kind or empty.
+
+    Raises:
+        ModelDefinitionError: It is of another kind, is empty, or holds something else.
+    """
+    if not isinstance(encoders, kinds) or not len(encoders):
+        raise ModelDefinitionError(f"{found} {shorten(encoders)}; {remedy}.")
     for name, encoder in encoders.items():
         if not isinstance(encoder, Encoder):
             raise ModelDefinitionError(
-                f"encoder {name!r} of {type(module).__name__} is a {type(encoder).__name__}; wrap it in a "
-                "ModuleEncoder, or subclass Encoder."
+                f"{found} a {type(encoders).__name__} whose encoder {name!r} is of type {type(encoder).__name__}; wrap "
+                "it in a ModuleEncoder, or subclass Encoder."
             )
-    return encoders  # type: ignore[return-value]
+
+
+def checked_metrics(metrics: Any) -> Mapping[str, Metric]:
+    """Give back what ``configure_metrics`` returned.
+
+    Raises:
+        ModelDefinitionError: It cannot be updated with embeddings and targets.
+    """
+    remedy = "return a dict of torchmetrics by name, for instance {'accuracy': MulticlassAccuracy(22)}"
+    if not isinstance(metrics, Mapping):
+        raise ModelDefinitionError(f"configure_metrics returned {shorten(metrics)}; {remedy}.")
+    for name, metric in metrics.items():
+        if isinstance(metric, RetrievalMetric):
+            kind = type(metric).__name__
+            raise ModelDefinitionError(
+                f"metric {name!r} is a bare {kind}, which takes scores and query numbers; wrap it: "
+                f"quatcache.metrics.EmbeddingRetrieval({kind}())."
+            )
+        if not isinstance(metric, Metric):
+            raise ModelDefinitionError(f"configure_metrics returned {shorten(metric)} as metric {name!r}; {remedy}.")
+    return metrics
+
+
+def refuse_collections(module: LightningModule, loaders: Any) -> None:
+    """Refuse several train loaders that are drawn from together, where the step takes a batch of one.
+
+    Args:
+        module: The module; a ``training_step`` of its own may take what it likes.
+        loaders: A list or dict of train loaders, of which each step gets a batch of each; None: there is one batch.
+
+    Raises:
+        LoaderError: The step would be given a list or dict.
+    """
+    step: Any = vars(module).get("training_step", type(module).training_step)
+    if isinstance(loaders, list | tuple | dict) and step.__module__ == f"{__package__}.module":
+        raise LoaderError(given_together(len(loaders), type(loaders).__name__))
+
+
+def given_together(number: int, kind: str) -> str:
+    """Say that a step is given batches of several loaders at once, and what to do about it.
+
+    Example:
+        >>> given_together(2, "dict")[:69]
+        'fit was given 2 train loaders, so a step gets a dict of Batches: conc'
+    """
+    what = "concatenate the datasets" if number > 1 else "pass the loader itself"
+    loaders = f"{number} train loader{'s' if number > 1 else f' in a {kind}'}"
+    return f"fit was given {loaders}, so a step gets a {kind} of Batches: {what}, or override training_step to take it."
 
 
 def refuse_transfer_hooks(module: LightningModule, trainer: Trainer) -> None:

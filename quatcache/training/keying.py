@@ -44,6 +44,12 @@ class Chunk(NamedTuple):
     layout: str
     keys: dict[str, KeyArray]
 
+    @property
+    def batch_order(self) -> npt.NDArray[np.int64]:
+        """Positions of the items as a batch has them: the first of all samples before the second ones."""
+        order: npt.NDArray[np.int64] = np.arange(len(self.items)).reshape(len(self.indices), -1).T.reshape(-1)
+        return order
+
 
 @dataclass(frozen=True)
 class KeyScheme:
@@ -150,7 +156,10 @@ class ChunkReader(Dataset[Any]):
             SampleError: A sample of no supported kind, or kinds mixed.
             KeyTypeError: An item that cannot be keyed.
         """
-        samples = read_samples(self.dataset, indices, self.reader)
+        return self.keyed(read_samples(self.dataset, indices, self.reader), indices)
+
+    def keyed(self, samples: Sequence[ReadSample], indices: Sequence[int]) -> Chunk:
+        """Key samples that were read; see :meth:`__getitems__`."""
         layout = common_layout(samples)
         items = [item for sample in samples for item in sample.items]
         width = layout.items_per_sample

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torchmetrics import Metric
-from torchmetrics.retrieval.base import RetrievalMetric
 
 from quatcache.data.batches import Batch
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
-from quatcache.errors import ModelDefinitionError, shorten
+from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError, shorten
+from quatcache.heads import head_input
 from quatcache.servable import ServableModel
 from quatcache.training.callback import CacheCallback
-from quatcache.training.config import CacheConfig
+from quatcache.training.config import CacheConfig, checked_config
 from quatcache.training.encoder_dict import EncoderDict
+from quatcache.training.guards import check_encoders, checked_metrics, given_together
 from quatcache.training.lightning import Callback, LightningModule
 
 __all__ = ["TrainableModel"]
@@ -39,6 +41,9 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
     Override :meth:`configure_encoders`, :meth:`configure_head` and :meth:`configure_loss`; return a config from
     :meth:`configure_caches` to cache. Loaders need nothing but a dataset of samples: the model collates them through
     its encoders, with or without a cache.
+
+    Encoders, head and loss are built when ``__init__`` has returned: the hooks may use every attribute that it sets,
+    and ``self.encoders``, ``self.head`` and ``self.loss`` do not exist before.
 
     Attributes:
         encoders: The encoders by name; a single one is called ``"default"``. Frozen ones stay in eval mode, and their
@@ -139,7 +144,8 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         given = [callback for callback in self.trainer.callbacks if isinstance(callback, CacheCallback)]  # type: ignore[attr-defined]
         if any(not callback.brought_by_model for callback in given):  # one of another model is left from its run
             return []
-        mine.config = self.configure_caches()
+        found = f"{type(self).__name__}.configure_caches returned"
+        mine.config = checked_config(self.configure_caches(), found, ModelDefinitionError)
         return [] if mine in given else [mine]
 
     def forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -149,10 +155,12 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
             inputs: For each encoder what it collated, or its rows where it is cached.
 
         Returns:
-            What the head makes of the concatenated rows, ``(B, output size)``.
+            What the head makes of the concatenated rows, ``(B, output size)``; a single encoder may give
+            :class:`~quatcache.sequences.PaddedSequences`, which the head gets as they are.
         """
-        rows = [encoder(inputs[name]) for name, encoder in sorted(self.encoders.items())]
-        return self.head(rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1))  # type: ignore[no-any-return]
+        return self.head(  # type: ignore[no-any-return]
+            head_input({name: encoder(inputs[name]) for name, encoder in self.encoders.items()})
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Compute and log the loss of a batch."""
@@ -207,21 +215,21 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         encoders = self.configure_encoders()
         if isinstance(encoders, Encoder):
             encoders = {"default": encoders}
-        if not isinstance(encoders, Mapping) or not encoders:
-            raise ModelDefinitionError(
-                f"{type(self).__name__}.configure_encoders returned {shorten(encoders)}; return an Encoder, or a "
-                "dict of names to Encoders."
-            )
-        for name, encoder in encoders.items():
-            if not isinstance(encoder, Encoder):
-                raise ModelDefinitionError(
-                    f"configure_encoders returned a {type(encoder).__name__} as encoder {name!r}; wrap it in a "
-                    "ModuleEncoder, or subclass Encoder."
-                )
+        found = f"{type(self).__name__}.configure_encoders returned"
+        check_encoders(encoders, (Mapping,), found, "return an Encoder, or a dict of names to Encoders")
+        for encoder in encoders.values():
             encoder.train()  # a frozen one goes to eval mode, with all its parts
         self.encoders = EncoderDict(encoders)
-        self.head = self._module("configure_head", sum(encoder.embedding_size for encoder in encoders.values()))
+        size = sum(encoder.embedding_size for encoder in encoders.values())
+        self.head = self._module("configure_head", size)
+        expected = _input_size(self.head) if self._is_plain() else None
+        if expected is not None and expected != size:
+            raise ConfigError(f"the encoders give {size} values per item, the head takes {expected}; make them agree.")
         self.loss = self._module("configure_loss")
+
+    def _is_plain(self) -> bool:
+        """Whether the head is given the rows of all encoders, and nothing else."""
+        return all(getattr(type(self), hook) is getattr(TrainableModel, hook) for hook in ("forward", "training_step"))
 
     def _module(self, hook: str, *args: Any) -> nn.Module:
         module = getattr(self, hook)(*args)
@@ -233,40 +241,81 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
 
     def _step(self, stage: str, batch: Batch, dataloader_idx: int | None = None) -> torch.Tensor:
         if not isinstance(batch, Batch):
-            raise ModelDefinitionError(
-                f"{type(self).__name__} got a {type(batch).__name__} instead of a Batch, so its CacheCallback is not "
-                "there; end an overridden configure_callbacks with [*super().configure_callbacks(), ...]."
-            )
+            self._refuse(batch, stage)
         embeddings = self(batch.inputs)
-        loss: torch.Tensor = self.loss(embeddings, *batch.targets)
+        loss = self._loss_of(embeddings, batch.targets)
         self.log(f"{stage}_loss", loss, batch_size=len(embeddings), prog_bar=True)
         if dataloader_idx is not None:
             for metric in self._metrics_of(dataloader_idx).values():
                 metric.update(embeddings.detach(), *batch.targets)
         return loss
 
+    def _refuse(self, batch: Any, stage: str) -> NoReturn:
+        """Say why a step did not get a Batch."""
+        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+        kind, number = type(batch).__name__, sum(isinstance(part, Batch) for part in parts)
+        if number and stage == "train":
+            raise LoaderError(given_together(number, kind))
+        if number:
+            raise LoaderError(
+                f"a {stage} step got a {kind} of {number} Batches, which its loaders give together; combine them in "
+                f"mode 'sequential', or override the step to take it."
+            )
+        raise ModelDefinitionError(
+            f"{type(self).__name__} got an object of type {kind} instead of a Batch, so its CacheCallback is not "
+            "there; end an overridden configure_callbacks with [*super().configure_callbacks(), ...]."
+        )
+
+    def _loss_of(self, embeddings: torch.Tensor, targets: tuple[Any, ...]) -> torch.Tensor:
+        try:
+            return self.loss(embeddings, *targets)  # type: ignore[no-any-return]
+        except TypeError as error:
+            if _takes(self.loss, 1 + len(targets)):
+                raise
+            pairs = len(targets) == len(("pairs", "labels", "subgroups"))
+            called = (
+                "pairs as loss(embeddings, pairs, labels, subgroups)" if pairs else "groups as loss(embeddings, groups)"
+            )
+            other = "quatcache.losses.MultipleNegativesRankingLoss()" if pairs else "torch.nn.CrossEntropyLoss()"
+            raise ModelDefinitionError(
+                f"the loss is called for {called}, which {type(self.loss).__name__} does not take; return one that "
+                f"does from configure_loss, such as {other}, or give it samples of the other kind."
+            ) from error
+
     def _metrics_of(self, dataloader_idx: int) -> dict[str, Metric]:
         while len(self._metrics) <= dataloader_idx:
-            metrics = self.configure_metrics()
-            if not isinstance(metrics, Mapping):
-                raise ModelDefinitionError(
-                    f"configure_metrics returned a {type(metrics).__name__}; return a dict, for instance "
-                    "{'accuracy': ...}."
-                )
-            for name, metric in metrics.items():
-                if isinstance(metric, RetrievalMetric):
-                    kind = type(metric).__name__
-                    raise ModelDefinitionError(
-                        f"metric {name!r} is a bare {kind}, which takes scores and query numbers; wrap it: "
-                        f"quatcache.metrics.EmbeddingRetrieval({kind}())."
-                    )
+            metrics = checked_metrics(self.configure_metrics())
             self._metrics.append({name: metric.clone().to(self.device) for name, metric in metrics.items()})
         return self._metrics[dataloader_idx]
 
     def _log_metrics(self, stage: str) -> None:
+        several = len(getattr(self.trainer, f"num_{stage}_batches")) > 1  # earlier runs may have had more loaders
         for place, metrics in enumerate(self._metrics):
-            suffix = "" if len(self._metrics) == 1 else f"/dataloader_idx_{place}"
+            suffix = f"/dataloader_idx_{place}" if several else ""
             for name, metric in metrics.items():
                 if metric.update_called:
                     self.log(f"{stage}_{name}{suffix}", metric.compute(), prog_bar=True, add_dataloader_idx=False)
                 metric.reset()
+
+
+def _input_size(head: nn.Module) -> int | None:
+    """Find out how many values per item a head takes; None: it does not show."""
+    first: nn.Module = head
+    while isinstance(first, nn.Sequential):
+        parts = (part for part in first if not isinstance(part, nn.Dropout | nn.Identity))
+        first = next(parts, nn.Identity())
+    if isinstance(first, nn.Linear):
+        return first.in_features or None  # a lazy one finds out when it is called
+    declared = getattr(head, "input_embedding_size", None)
+    return declared if isinstance(declared, int) else None
+
+
+def _takes(module: nn.Module, number: int) -> bool:
+    """Whether a module can be called with so many arguments, as far as that shows."""
+    try:
+        inspect.signature(module.forward).bind(*[None] * number)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True

@@ -56,9 +56,12 @@ def closest_differences(identity: Identity, directory: CacheDirectory) -> list[s
     """Say how an encoder differs from the one in a directory that comes closest to it.
 
     Returns:
-        Phrases as of :meth:`~quatcache.encoders.Identity.differences`; empty if no encoder of its class is there.
+        Phrases as of :meth:`~quatcache.encoders.Identity.differences`; empty if no encoder of its class is there, or
+        the encoder itself is: with damaged rows, or with rows of another storage dtype.
     """
     others = [Identity.of(manifest.facts) for manifest in directory.manifests()]
+    if any(other.digest == identity.digest for other in others):
+        return []
     # those of another class differ in everything, which explains nothing
     alike = [other for other in others if other.facts.get("class") == identity.facts.get("class")]
     return min((lines for other in alike if (lines := other.differences(identity))), key=len, default=[])

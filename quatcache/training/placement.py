@@ -10,9 +10,9 @@ from quatcache.errors import ConfigError
 from quatcache.store import DiskStore, RowStore, TensorStore
 from quatcache.training.config import CacheType
 from quatcache.training.memory import RESERVE, free_memory
-from quatcache.training.report import readable_size
+from quatcache.units import readable_size
 
-__all__ = ["Placement", "pick_tier", "place_rows"]
+__all__ = ["Placement", "pick_tier", "place_rows", "where_rows_come"]
 
 SHARE_OF_FREE_MEMORY = 0.5
 """AUTO takes a tier only if the rows fit into this share of what is free there: training needs the rest."""
@@ -65,6 +65,11 @@ def place_rows(
     if asked is CacheType.CPU and isinstance(store, DiskStore) and memory_map:  # else they are in memory already
         _require(name, store, tier, free_memory() - RESERVE)
     return Placement(_in_memory(store, torch.device("cpu")), tier, reason)
+
+
+def where_rows_come(store: RowStore) -> Placement:
+    """Leave rows where they are put, as long as more of them come while a model trains."""
+    return Placement(store, CacheType.DISK if isinstance(store, DiskStore) else CacheType.CPU, "")
 
 
 def pick_tier(nbytes: int, device: torch.device, *, disk: bool) -> tuple[CacheType, str]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from quatcache.read_through import Counts
@@ -24,7 +25,8 @@ class FillProgress(Protocol):
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} items/s", style="progress.data.speed")
+        rate = "" if not task.speed else f"{task.speed:,.0f} samples/s"
+        return Text(rate, style="progress.data.speed", no_wrap=True)
 
 
 @contextmanager
@@ -36,12 +38,16 @@ def fill_progress(total: int, shown: bool) -> Iterator[FillProgress]:
         shown: False where there is nobody to look, as on the other ranks of a distributed run.
     """
     progress = Progress(
-        TextColumn("Filling cache"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[hits]:,} hits, {task.fields[duplicates]:,} duplicates"),
+        TextColumn("Filling", table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(ratio=1, min_width=4)),  # as much as the others leave: all on one line
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn(
+            "{task.fields[hits]:,} hits, {task.fields[duplicates]:,} duplicates",
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
+        expand=True,
         disable=not shown,
     )
     with progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -21,26 +22,33 @@ class Receipt:
         trainer: The trainer of the run.
         report: What is measured goes there.
         gatherer: Counts the rows that are used.
+        filling: Gives the seconds that went, in steps, into rows that were kept.
     """
 
-    def __init__(self, trainer: Trainer, report: CacheReport, gatherer: RowGatherer) -> None:
+    def __init__(
+        self, trainer: Trainer, report: CacheReport, gatherer: RowGatherer, filling: Callable[[], float]
+    ) -> None:
         """Measure nothing yet."""
+        self._filling = filling
         self._trainer = trainer
         self._report = report
         self._gatherer = gatherer
-        self._start: tuple[float, Counter[str]] | None = None
+        self._start: tuple[float, float, Counter[str]] | None = None
         self._served: Counter[str] = Counter()
 
     def begin_epoch(self) -> None:
         """Note when a training epoch starts."""
-        self._start = time.monotonic(), Counter(self._gatherer.served)
+        self._start = time.monotonic(), self._filling(), Counter(self._gatherer.served)
 
     def end_epoch(self) -> None:
         """Note what a training epoch took, its validation included; unless the cache stepped aside in it."""
+        self._report.epochs += 1
         if self._start is None or self._gatherer.aside:
             return
-        started, served = self._start
-        self._report.epoch_seconds.append(time.monotonic() - started)
+        started, filling, served = self._start
+        filled = self._filling() - filling  # rows that were made in this epoch and serve the next ones
+        self._report.fill_seconds += filled
+        self._report.epoch_seconds.append(time.monotonic() - started - filled)
         for name, total in self._gatherer.served.items():
             self._served[name] += total - served[name]
         self._start = None

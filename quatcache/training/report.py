@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass, field
 from statistics import median
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["CacheReport", "EncoderReport", "readable_size", "readable_time"]
+from quatcache.units import counted, readable_size, readable_time
+
+__all__ = ["CacheReport", "EncoderReport"]
+
+_WIDE = 1000
 
 
 @dataclass
@@ -29,7 +35,8 @@ class EncoderReport:
         tier_reason: Why AUTO took that tier; empty where the user named it.
         verified: Stored rows that were encoded again and agreed.
         pace: Seconds in the encoder for an item, collating included, in this or an earlier run; None: not known.
-        served: Rows that training and validation took, over all measured epochs.
+        served: Rows that training and validation took and that were not encoded for it, over all measured epochs.
+        in_steps: Items of ``encoded`` that were encoded in a step of training or validation.
     """
 
     name: str
@@ -45,6 +52,7 @@ class EncoderReport:
     verified: int = 0
     pace: float | None = None
     served: int = 0
+    in_steps: int = 0
 
 
 @dataclass
@@ -54,18 +62,31 @@ class CacheReport:
     Attributes:
         encoders: By name, the cached ones only.
         labels: Whether targets are cached.
-        labels_reason: Why they are or are not.
+        labels_reason: Why they are or are not; where no encoder is cached, why none is.
         fill_seconds: Wall time of the fill, the reading of datasets included; 0 where nothing was cached.
         read: Samples read from datasets in the fill.
-        epoch_seconds: Wall time of each training epoch, its validation included.
+        met: Whether rows are cached as batches meet them, instead of before the run or beside that.
+        epoch_seconds: Wall time of each training epoch that the cache served, its validation included.
+        epochs: Training epochs of the run; those after the cache stepped aside are among them.
+
+    Example:
+        >>> print(CacheReport({"default": EncoderReport("default", "CPU", 3, 4608, 4, 3, 0, 1)}, fill_seconds=0.5))
+        ┏━━━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━━━┳━━━━━━━━━┳━━━━━━┳━━━━━━━━━━━━┓
+        ┃ encoder ┃ tier ┃ rows ┃   size ┃ encoded ┃ hits ┃ duplicates ┃
+        ┡━━━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━━━╇━━━━━━━━━╇━━━━━━╇━━━━━━━━━━━━┩
+        │ default │ CPU  │    3 │ 4.6 kB │       3 │    0 │          1 │
+        └─────────┴──────┴──────┴────────┴─────────┴──────┴────────────┘
+        fill 0.5 s
     """
 
     encoders: dict[str, EncoderReport] = field(default_factory=dict)
     labels: bool = False
-    labels_reason: str = "nothing is cached"
+    labels_reason: str = "there was no run with a CacheConfig"
     fill_seconds: float = 0.0
     read: int = 0
+    met: bool = False
     epoch_seconds: list[float] = field(default_factory=list)
+    epochs: int = 0
 
     @property
     def encoded(self) -> int:
@@ -101,9 +122,10 @@ class CacheReport:
 
     @property
     def break_even_epoch(self) -> int | None:
-        """The first epoch after which fill and cached epochs took less time than uncached ones; None: not known.
+        """The first epoch after which fill and cached epochs take less time than uncached ones; None: not known.
 
-        Nor is there one where encoding takes too little to be seen beside the rest of an epoch.
+        It is computed, so it may lie beyond the epochs that were run. There is none where encoding takes too little to
+        be seen beside the rest of an epoch.
         """
         if self.uncached_epoch is None or self.cached_epoch is None:
             return None
@@ -123,6 +145,7 @@ class CacheReport:
             "rows": sum(one.rows for one in reports),
             "bytes": sum(one.nbytes for one in reports),
             "encoded": self.encoded,
+            "encoded_in_steps": sum(one.in_steps for one in reports),
             "hits": self.hits,
             "duplicates": self.duplicates,
             "fill_seconds": self.fill_seconds,
@@ -157,57 +180,46 @@ class CacheReport:
             parts.append(f"an epoch {readable_time(self.cached_epoch)}")
         if self.uncached_epoch is not None:
             parts[-1] += f", without the cache about {readable_time(self.uncached_epoch)}"
+        if len(self.epoch_seconds) < self.epochs:
+            parts.append(f"cached for {len(self.epoch_seconds)} of {counted(self.epochs, 'epoch')}")
         if self.break_even_epoch is not None:
-            parts.append(f"ahead after epoch {self.break_even_epoch}")
+            ahead = self.break_even_epoch <= len(self.epoch_seconds)
+            parts.append(
+                f"ahead after epoch {self.break_even_epoch}"
+                if ahead
+                else f"not yet ahead: that would take {self.break_even_epoch:,} epochs"
+            )
         return "; ".join(parts)
 
+    def __str__(self) -> str:
+        """Write table and gain as text; where nothing is cached, why."""
+        if not self.encoders:
+            return self.line()
+        text = io.StringIO()
+        Console(width=_WIDE, color_system=None, file=text).print(self.table())
+        return text.getvalue() + self.gain()
+
+    def _work(self) -> str:
+        found = f"{counted(self.hits, 'row')} found, " if self.hits else ""
+        encoded = f"{counted(self.encoded, 'item')} encoded"
+        if not self.met:
+            return f"{found}{encoded} in {self.fill_seconds:.1f} s"
+        return f"{found}{encoded} so far, others as batches meet them"
+
     def line(self) -> str:
-        """Say in one line what is cached, on which tier, from where, and why labels are or are not.
+        """Say in one line what is cached, on which tier and from where, what was found, and whether labels are.
 
         Example:
             >>> CacheReport({"default": EncoderReport("default", "CPU", 3, 4608, 4, 3, 0, 1)}, True, "so", 0.5).line()
-            "encoder 'default' on CPU: 3 rows, 4.6 kB in memory; 3 items encoded in 0.5 s; labels cached: so."
+            "encoder 'default' on CPU: 3 rows, 4.6 kB in memory; 3 items encoded in 0.5 s; labels cached."
         """
         if not self.encoders:
-            return f"No encoder is cached; labels not cached: {self.labels_reason}."
+            return f"nothing is cached: {self.labels_reason}."
         parts = [
             f"encoder {report.name!r} on {report.tier}{report.tier_reason and f' (AUTO: {report.tier_reason})'}: "
-            f"{report.rows:,} rows, {readable_size(report.nbytes)} "
+            f"{counted(report.rows, 'row')}, {readable_size(report.nbytes)} "
             + (f"from {report.source}" if report.source else "in memory")
             for report in self.encoders.values()
         ]
-        labels = "labels cached" if self.labels else "labels not cached"
-        return (
-            f"{', '.join(parts)}; {self.encoded:,} items encoded in {self.fill_seconds:.1f} s; {labels}: "
-            f"{self.labels_reason}."
-        )
-
-
-def readable_size(nbytes: int) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> readable_size(1_536_000)
-        '1.5 MB'
-    """
-    size = float(nbytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def readable_time(seconds: float) -> str:
-    """Write a time for people.
-
-    Example:
-        >>> readable_time(0.0004), readable_time(2.5), readable_time(600), readable_time(90_000), readable_time(500_000)
-        ('0.4 ms', '2.5 s', '10.0 min', '25.0 h', '5.8 days')
-    """
-    if seconds < 0.1:
-        return f"{1000 * seconds:.1f} ms"
-    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        if seconds < size * limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86_400:.1f} days"
+        labels = "labels cached" if self.labels else f"labels not cached: {self.labels_reason}"
+        return f"{', '.join(parts)}; {self._work()}; {labels}."

@@ -9,28 +9,38 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from quatcache.data.batches import BatchReader, CachedColumns
+from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
-from quatcache.errors import LoaderError, NotFrozenError
+from quatcache.errors import NotFrozenError
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
+from quatcache.training.extent import takes_little
 from quatcache.training.gathering import RowGatherer
-from quatcache.training.guards import FrozenGuard, encoders_of, leave_to_ranks, refuse_transfer_hooks
+from quatcache.training.gathering_loaders import MemoryLoader
+from quatcache.training.guards import (
+    FrozenGuard,
+    encoders_of,
+    leave_to_ranks,
+    refuse_collections,
+    refuse_transfer_hooks,
+)
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
-from quatcache.training.loaders import MemoryLoader, checked_loader, convert_loader, replace_rows
-from quatcache.training.placement import Placement, place_rows
+from quatcache.training.loaders import Meeting, checked_loader, convert_loader, replace_rows
+from quatcache.training.meeting import Meetings, MetSamples
+from quatcache.training.placement import Placement, place_rows, where_rows_come
 from quatcache.training.receipt import Receipt
 from quatcache.training.report import CacheReport
 from quatcache.training.run_fill import RunFill
 from quatcache.training.sources import LoaderSources
+from quatcache.training.views import ViewChoice, Views
 
 __all__ = ["CacheSession"]
 
@@ -67,15 +77,21 @@ class CacheSession:
             for name, encoder in sorted(self._real.items())
             if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
         ]
-        self._fill = RunFill(trainer, module, self._config, self._real, self._cached, self._reader, self.report)
+        self._fill = RunFill(
+            trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check
+        )
+        self._meetings = Meetings(self._fill.encoders, self._config.batch_size)
         self._columns: dict[int, CachedColumns] = {}
         self._datasets: dict[int, DatasetFill] = {}
-        self._handed_out: set[int] = set()
+        self._handed_out: set[tuple[int, str]] = set()
+        self._met: dict[int, MetSamples] = {}
+        self._placed: dict[str, Placement] = {}
+        self._choices: list[ViewChoice] = []
         self.sources = LoaderSources(trainer, self._convert)
         leave_to_ranks(module, self._real)
         self._quiet: list[Any] = []
-        self._gather = RowGatherer(self.look)
-        self.receipt = Receipt(trainer, self.report, self._gather)
+        self._gather = RowGatherer(self.look, self._meetings.answer)
+        self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
         self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
         if self._cached:
             refuse_transfer_hooks(module, trainer)
@@ -87,6 +103,7 @@ class CacheSession:
     def prepare(self) -> None:
         """Fill for all loaders of a fit in one pass; the loops get them converted when they ask."""
         loaders = [(checked_loader(loader, name), name) for loader, name in self.sources.request()]
+        refuse_collections(self._module, self.sources.given_together())
         if self._cached:
             self._index(loaders)
 
@@ -96,23 +113,64 @@ class CacheSession:
         if not self._cached or self._gather.aside:
             return convert_loader(checked, self._collates(self._real), self._reader, None, None)
         key = id(checked.dataset)
-        if key in self._handed_out and not self._datasets[key].still_holds():
+        if (key, name) in self._handed_out and key in self._columns and not self._is_as_it_was(key):
             del self._columns[key]  # a reload hook edited the dataset in place
+            if key in self._met:
+                del self._meetings.met[self._met.pop(key).fill.number]
         self._index([(checked, name)])
-        self._handed_out.add(key)
+        self._handed_out.add((key, name))
         others = self._collates([name for name in self._real if name not in self._cached])
-        plain = partial(self._plain_reader, checked.dataset)
-        converted = convert_loader(checked, others, self._reader, self._columns[key], self._gather, plain)
+        plain = partial(self._collates, self._real)
+        columns, meeting = self._known(checked)
+        views = self._views(key, name)
+        converted = convert_loader(checked, others, self._reader, columns, self._gather, plain, meeting, views)
         if isinstance(converted, MemoryLoader):  # Lightning advises workers for it; it reads nothing they could read
             warnings.filterwarnings("ignore", message=f".*'{name.split()[0]}_dataloader' does not have many workers")
             self._quiet.append(warnings.filters[0])
         return converted
 
+    def _known(self, loader: DataLoader[Any]) -> tuple[CachedColumns | None, Meeting | None]:
+        """Say what is cached of the dataset of a loader, and how what is not comes to be."""
+        if isinstance(loader.dataset, IterableDataset):
+            return None, Meeting(self._fill.stream_reader())
+        key = id(loader.dataset)
+        columns, met = self._columns[key], self._met.get(key)
+        if met is None and columns.complete:
+            return columns, None
+        if met is not None and loader.num_workers:
+            met.share()
+        return columns, Meeting(self._datasets[key].chunk_reader, partial(self._columns_now, key))
+
+    def _views(self, key: int, name: str) -> tuple[Views, ViewChoice] | None:
+        """Choose among the views of a dataset: in training by epoch, else always the same."""
+        views = self._datasets[key].dataset if key in self._datasets else None
+        if not isinstance(views, Views):
+            return None
+        choice = ViewChoice(views.count)
+        if name.split()[0] == "train":
+            self._choices.append(choice)
+        return views, choice
+
+    def _columns_now(self, key: int) -> CachedColumns:
+        """Give what is known of a dataset at the start of an epoch."""
+        if key in self._met and self._trainer.world_size > 1:  # other ranks have met other samples
+            self._fill.refresh()
+        self._settle_if_met(key)
+        return self._met[key].columns if key in self._met else self._columns[key]
+
+    def _settle_if_met(self, key: int) -> None:
+        met = self._met.get(key)
+        if met is not None and met.complete:
+            del self._met[key], self._meetings.met[met.fill.number]
+            self._fill.settle(met)
+            self._settle({key: met.fill})
+            logger.info(self.report.line())
+
     def _collates(self, names: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], Any]]:
         return {name: self._real[name].collate_fn() for name in names}
 
-    def _plain_reader(self, dataset: Any) -> BatchReader:
-        return BatchReader(dataset, self._collates(self._real), self._reader)
+    def _check(self) -> None:
+        self.guard.check_unchanged()
 
     def begin_epoch(self) -> None:
         """See that the encoders are still those that filled the cache, and note when a training epoch starts.
@@ -133,7 +191,13 @@ class CacheSession:
         Raises:
             NotFrozenError: An encoder was unfrozen under DDP, which was told to leave frozen encoders alone.
         """
-        unfrozen = None if self._gather.aside else self.guard.unfrozen()
+        for choice in self._choices:
+            # as Lightning tells samplers; after a resume current_epoch lags behind when loaders are asked for iterators
+            choice.begin(self._trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        if self._gather.aside:
+            replace_rows(batch, self._trainer)  # some of Lightning's fetchers are a batch ahead
+            return
+        unfrozen = self.guard.unfrozen()
         if unfrozen is None:
             return
         name, parameter = unfrozen
@@ -150,49 +214,105 @@ class CacheSession:
             parameter,
         )
         self._gather.aside = True
+        self._fill.flush()  # while the encoder is what it was
         self._put_back()
-        if batch is None:
-            return
-        replace_rows(batch, self.sources.train_loaders(), self._trainer)
+        replace_rows(batch, self._trainer)
 
     def _index(self, loaders: list[tuple[DataLoader[Any], str]]) -> None:
-        """Index the datasets that are not yet, encode what is missing, and put the rows where training wants them."""
-        fresh: dict[int, tuple[DataLoader[Any], str]] = {}
+        """Index the datasets that are not yet, encode what is missing, and put the rows where training wants them.
+
+        Streams have no index, and of what is used in small part only that part is encoded: their rows are cached as
+        they are met.
+        """
+        fresh: dict[int, list[tuple[DataLoader[Any], str]]] = {}
+        streams = False
         for loader, name in loaders:
             if isinstance(loader.dataset, IterableDataset):
-                raise LoaderError(
-                    f"the {name} loader reads an IterableDataset ({type(loader.dataset).__name__}), which has no index "
-                    "to find rows by; use a map-style dataset, or return None from configure_caches()."
-                )
+                streams = True
+                continue
             if id(loader.dataset) not in self._columns:
-                fresh.setdefault(id(loader.dataset), (loader, name))
-        if not fresh:
+                fresh.setdefault(id(loader.dataset), []).append((loader, name))
+        if not fresh and (self._fill.encoders or not streams):
             return
         self.guard.check_unchanged()  # a reload hook may bring data after weights were changed
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
-            fills = self._fill.fill(fresh)
-        placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
-        for name, encoder in self._fill.encoders.items():
-            asked = self._config.tier_of(name)
-            place = id(encoder.store), asked
-            if place not in placed:
-                placed[place] = place_rows(
-                    name, encoder.store, asked, self._module.device, memory_map=self._config.memory_map
-                )
-            self._gather.stores[name] = placed[place].store
-            self.report.encoders[name] = encoder.report(placed[place])
-        self._datasets.update(fills)
-        self._columns.update({key: fill.columns() for key, fill in fills.items()})
+            datasets = {key: (loaders[0][0].dataset, loaders[0][1]) for key, loaders in fresh.items()}
+            whole, parts = self._fill.add(datasets, lambda key, fill: self._is_ahead(fresh[key], fill))
+            if parts or streams:
+                self._fill.meet(parts)
+                self.report.met = True
+            if streams and not fresh and not self._columns:
+                self.report.labels, self.report.labels_reason = False, "a stream gives them in each epoch"
+            if whole:
+                self._fill.fill(whole, fresh[next(iter(whole))][0][0].multiprocessing_context)
+            for key, fill in parts.items():
+                self._meet(key, fill)
+        self._datasets.update({**whole, **parts})
+        self._settle(whole)
         self.guard.remember()
         self._swap()
         self.report.fill_seconds += time.monotonic() - started
         logger.info(self.report.line())
 
+    def _is_ahead(self, loaders: Sequence[tuple[DataLoader[Any], str]], fill: DatasetFill) -> bool:
+        """Say whether a dataset is filled before the run."""
+        if self._config.on_miss == "error":
+            return True
+        views = fill.dataset.count if isinstance(fill.dataset, Views) else 1
+        little = all(takes_little(self._trainer, loader, name, views) for loader, name in loaders)
+        return self._config.fill == "eager" and not little
+
+    def _is_as_it_was(self, key: int) -> bool:
+        self._settle_if_met(key)
+        with isolate_rng():
+            return key not in self._met and self._datasets[key].still_holds()
+
+    def _meet(self, key: int, fill: DatasetFill) -> None:
+        """Index a dataset as its samples are met; it may be that all were met in earlier runs."""
+        met = MetSamples(fill)
+        self._columns[key] = met.columns
+        self._met[key] = self._meetings.met[fill.number] = met
+
+    def _settle(self, fills: Mapping[int, DatasetFill]) -> None:
+        """Take over what is known of datasets that are indexed whole, and put the rows where training wants them."""
+        for key, fill in fills.items():
+            self._columns[key] = fill.columns()
+        coming = bool(self._met) or not self._columns
+        placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
+        for name, encoder in self._fill.encoders.items():
+            asked = self._config.tier_of(name)
+            place = id(encoder.store), asked
+            if place not in placed:
+                device, memory_map = self._module.device, self._config.memory_map
+                placed[place] = (
+                    where_rows_come(encoder.store)
+                    if coming or encoder.declines
+                    else place_rows(name, encoder.store, asked, device, memory_map=memory_map)
+                )
+            self._gather.stores[name] = placed[place].store
+            self._placed[name] = placed[place]
+        self.tell()
+
+    def _seconds_of_kept(self) -> float:
+        return sum(encoder.fill_seconds for encoder in self._fill.encoders.values())
+
+    def tell(self) -> None:
+        """Bring the report up to date."""
+        for name, placement in self._placed.items():
+            self.report.encoders[name] = self._fill.encoders[name].report(placement)
+
     def _swap(self) -> None:
         for name in self._cached:
             if not isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = CachedEncoder(self._real[name])
+
+    def finish(self) -> None:
+        """Commit the rows that were cached as they were met, and bring the report up to date."""
+        for key in list(self._met):
+            self._settle_if_met(key)
+        self._fill.close()
+        self.tell()
 
     def is_running_elsewhere(self, trainer: Trainer) -> bool:
         """Say whether another trainer is in the middle of the run that this session belongs to."""
@@ -205,6 +325,8 @@ class CacheSession:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
         self._put_back()
+        self.finish()
+        self._fill.leave()
 
     def _put_back(self) -> None:
         for name in self._cached:

@@ -119,10 +119,10 @@ class LoaderSources:
                 loaders += source.request()
         return loaders
 
-    def train_loaders(self) -> list[Any]:
-        """Give the converted loaders of the training loop, in their order."""
-        combined = self._trainer.fit_loop._combined_loader
-        return [] if combined is None else list(combined.flattened)
+    def given_together(self) -> Any:
+        """Give the list or dict of train loaders of which each step gets a batch of each; None: there is none."""
+        given = next((source.given for loop, source in self._replaced if loop is self._trainer.fit_loop), None)
+        return given.iterables if given is not None and isinstance(given.iterables, list | tuple | dict) else None
 
     def restore(self) -> None:
         """Put the user's sources back; and to the loops the user's loaders."""

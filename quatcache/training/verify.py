@@ -16,6 +16,7 @@ import torch
 from quatcache.errors import KeyTypeError
 from quatcache.store import DatasetTable
 from quatcache.training.keying import Chunk, ChunkReader
+from quatcache.units import counted
 
 __all__ = ["READ_TWICE", "SAMPLED", "matching_table", "reread"]
 
@@ -58,9 +59,19 @@ def matching_table(
                 "The %s dataset is known: %s of its %s items were compared with its index table.",
                 name, f"{compared:,}", f"{size:,}",
             )  # fmt: skip
+            more = size - len(cut)
+            if more:
+                logger.info(
+                    "The %s dataset is %s longer than when it was indexed: %s read.",
+                    name, counted(more, "sample"), "this one is" if more == 1 else "these are",
+                )  # fmt: skip
             return cut
     if usable:
-        logger.info("The %s dataset is new, or was edited or reordered: it is read again.", name)
+        logger.info(
+            "The %s dataset is none of those indexed here (new, edited, reordered or relabelled): its %s %s read to "
+            "find their rows.",
+            name, counted(size, "sample"), "is" if size == 1 else "are",
+        )  # fmt: skip
     return None
 
 

@@ -250,10 +250,22 @@ def test_wrong_setting_is_named(minilm, settings, message):
 
 
 def test_wrong_model_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="model is a Linear; pass a directory, a hub name or a loaded"):
+    with pytest.raises(ConfigError, match="model is of type Linear; pass a directory, a hub name or a loaded"):
         SentenceTransformerEncoder(nn.Linear(1, 1))
-    with pytest.raises(ConfigError, match=r"missing is not a directory; pass the folder of a model"):
-        SentenceTransformerEncoder(tmp_path / "missing")
+    message = r"missing' cannot be loaded \(there is no such directory\); pass a directory or a name on the hub\."
+    for missing in (tmp_path / "missing", str(tmp_path / "missing"), "./missing", "~/missing", "models/text/missing"):
+        with pytest.raises(ConfigError, match=message):
+            SentenceTransformerEncoder(missing)
+
+
+def test_name_that_the_library_cannot_find_is_one_sentence(monkeypatch):
+    def unknown(*args, **settings):
+        raise OSError("some-owner/nothing is not a local folder\nand is not on the hub\n")
+
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.__init__", unknown)
+    message = r"'some-owner/nothing' cannot be loaded \(some-owner/nothing is not a local folder\); pass a directory"
+    with pytest.raises(ConfigError, match=message):
+        SentenceTransformerEncoder("some-owner/nothing")
 
 
 @pytest.mark.parametrize(

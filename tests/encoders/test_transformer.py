@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from quatcache.encoders import TransformersEncoder
-from quatcache.encoders.transformer import _pool
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
+from quatcache.heads.pooling import pool
 
 TEXTS = ["acute myocardial infarction", "cholera", "Injury of the left ankle, subsequent encounter", "a"]
 
@@ -58,7 +58,7 @@ def test_mean_pooling_and_normalisation_equal_sentence_transformers(minilm, bert
 
 def test_half_precision_is_averaged_in_single():
     hidden = torch.full((1, 3000, 2), 60.0, dtype=torch.float16)  # the sum, 180,000, is no half
-    assert _pool(hidden, torch.ones(1, 3000, dtype=torch.int64), "mean").tolist() == [[60.0, 60.0]]
+    assert pool(hidden, torch.ones(1, 3000, dtype=torch.int64), "mean").tolist() == [[60.0, 60.0]]
 
 
 def test_half_precision_model_gives_rows_of_its_dtype(tokenizer, bert):

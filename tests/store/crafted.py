@@ -114,7 +114,10 @@ def in_entry(**changes):
 
 CRAFTED_MANIFESTS = {
     "another format": in_manifest(format="other"),
-    "version 2": in_manifest(version=2),
+    "version 3": in_manifest(version=3),
+    "version 2, which has sequences": in_manifest(version=2),
+    "sequences in version 1": in_manifest(row_shape=[None, 16]),
+    "sequences": in_manifest(version=2, row_shape=[None, 16]),
     "version 0": in_manifest(version=0),
     "version '1'": in_manifest(version="1"),
     "no version": lambda content: content.pop("version") and None,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quatcache.errors import EncoderOutputError
 from quatcache.keys import content_keys
+from quatcache.sequences import PaddedSequences
 from quatcache.store import DiskStore, Found, MemoryStore, TensorStore
 from tests.stores_for_tests import DIGEST, EXACT, STORES, opened
 
@@ -139,38 +140,48 @@ def test_rows_are_found_by_number(rows):
 def test_gather_gives_a_tensor_of_its_own(rows):
     rows.store.put_many(rows.keys([4]), rows.values([4]))
     number = torch.from_numpy(rows.store.rows_of(rows.keys([4])))
-    rows.store.gather(number).fill_(99.0)
+    rows.tensor(rows.store.gather(number)).fill_(99.0)
     assert rows.plain(rows.store.gather(number)) == rows.plain(rows.values([4]))
 
 
 def test_what_was_put_may_be_changed_afterwards(rows):
     values = rows.values([4, 5])
     rows.store.put_many(rows.keys([4, 5]), values)
-    values.fill_(99.0)
+    rows.tensor(values).fill_(99.0)
     assert rows.plain(rows.store.get_many(rows.keys([4, 5])).values) == rows.plain(rows.values([4, 5]))
 
 
 def test_rows_know_their_shape_and_size(rows):
     assert rows.store.row_shape is None and rows.store.nbytes == 0
-    rows.store.put_many(rows.keys([1, 2, 3]), rows.values([4, 5, 6]))
+    values = rows.values([4, 5, 6])
+    rows.store.put_many(rows.keys([1, 2, 3]), values)
     narrow = isinstance(rows.store, TensorStore) and rows.store.rows.dtype is torch.float16
     width = 2 if narrow else 4
-    assert rows.store.row_shape == (2,)
-    assert rows.store.nbytes == 3 * 2 * width
+    if isinstance(values, PaddedSequences):  # of 0, 1 and 2 elements, and two places each
+        assert rows.store.row_shape == (None, 2)
+        assert rows.store.nbytes == 3 * 2 * width + 3 * 2 * 8
+    else:
+        assert rows.store.row_shape == (2,)
+        assert rows.store.nbytes == 3 * 2 * width
 
 
 def test_rows_carry_no_gradient(rows):
-    rows.store.put_many(rows.keys([1]), rows.values([4]).requires_grad_())
-    assert not rows.store.get_many(rows.keys([1])).values.requires_grad
+    values = rows.values([5])
+    rows.tensor(values).requires_grad_()
+    rows.store.put_many(rows.keys([1]), values)
+    assert not rows.tensor(rows.store.get_many(rows.keys([1])).values).requires_grad
 
 
 def test_rows_put_in_inference_mode_can_be_replaced_and_trained_on(rows):
     with torch.inference_mode():
-        rows.store.put_many(rows.keys([4, 5]), rows.values([4, 5]))
+        rows.store.put_many(rows.keys([4, 5]), rows.values([9, 5]))
     rows.store.put_many(rows.keys([4]), rows.values([6]))
     head = torch.nn.Linear(2, 1)
-    head(rows.store.get_many(rows.keys([4, 5])).values).sum().backward()
-    assert head.weight.grad.tolist() == [[11.0, 11.0]]
+    found = rows.store.get_many(rows.keys([4, 5])).values
+    head(rows.tensor(found)).sum().backward()
+    # of sequences 6 has two elements, (6, 6) and (6, 7), and 5 has one
+    expected = [[17.0, 18.0]] if isinstance(found, PaddedSequences) else [[11.0, 11.0]]
+    assert head.weight.grad.tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)], ids=str)
@@ -208,11 +219,14 @@ def test_row_of_another_shape_or_dtype_is_refused_and_nothing_is_lost(tmp_path, 
     assert store.get_many(keys).values.tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "disk"])
+@pytest.mark.parametrize("kind", ["tensor", "disk", "reopened"])
 def test_storage_dtype_narrows_rows_and_lookups_widen_them(tmp_path, kind):
     store = TensorStore(dtype=torch.float16) if kind == "tensor" else DiskStore(tmp_path, DIGEST, dtype=torch.float16)
     third = torch.full((2, 3), 1 / 3)
     store.put_many(content_keys(["a", "b"]), third)
+    if kind == "reopened":
+        store.flush()
+        store = DiskStore(tmp_path, DIGEST, dtype=torch.float16)
     got = store.get_many(content_keys(["b"])).values
     assert got.dtype == torch.float32 and torch.equal(got, third[:1].half().float())
     assert store.nbytes == 12

@@ -89,7 +89,7 @@ def test_environment_names_hardware_and_libraries():
 
 def test_unwritable_directory_is_told_before_anything_is_computed(tmp_path):
     (tmp_path / "taken").write_text("")
-    named = r"cannot write into save_dir .*taken.*; permit writing there, name another"
+    named = r"cannot write into save_dir .*taken.*leads through a file; name another save_dir"
     with pytest.raises(StoreError, match=named), filling(tmp_path / "taken" / "below"):
         raise AssertionError("the fill must not start")
     with pytest.raises(StoreError, match=r"save_dir .*taken is a file; name a directory"), filling(tmp_path / "taken"):

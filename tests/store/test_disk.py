@@ -515,10 +515,10 @@ def test_rows_of_a_packed_shard_are_not_held_twice(tmp_path):
 
 def test_newer_manifest_is_no_damage(tmp_path):
     commit(tmp_path, 1)
-    edit_manifest(tmp_path, lambda content: content.update(version=2))
-    with pytest.raises(FormatError, match="has format version 2"):
+    edit_manifest(tmp_path, lambda content: content.update(version=3))
+    with pytest.raises(FormatError, match="has format version 3"):
         DiskStore(tmp_path, DIGEST)
-    assert json.loads((tmp_path / MANIFEST_NAME).read_text())["version"] == 2
+    assert json.loads((tmp_path / MANIFEST_NAME).read_text())["version"] == 3
 
 
 def test_failed_write_keeps_what_was_committed_and_what_waits(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from quatcache.errors import (
     MissingDependencyError,
     StoreError,
 )
+from quatcache.sequences import PaddedSequences
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore
 from quatcache.store import export as export_module
 from quatcache.store.export import export_rows
@@ -23,6 +25,7 @@ from quatcache.store.manifest import MANIFEST_NAME, Manifest
 from tests.caches_for_tests import (
     ONE,
     TWO,
+    add_rows,
     edit_manifest,
     flip,
     keys_of,
@@ -76,9 +79,7 @@ def test_every_row_is_exported_once_with_its_key(tmp_path):
 
 def test_of_a_key_that_was_put_twice_the_later_row_is_exported(tmp_path):
     home = store_rows(tmp_path / "cache", numbers=(1, 2, 3))
-    store = DiskStore(home, ONE)
-    store.put_many(keys_of(2, 4), rows_of(20, 40))
-    store.flush()
+    add_rows(home, 2, 4, rows=rows_of(20, 40))
     export(tmp_path / "cache", tmp_path / "v.npy")
     rows = by_key(tmp_path / "v.npy")
     expected = {1: 1.0, 2: 20.0, 3: 3.0, 4: 40.0}
@@ -215,7 +216,7 @@ def test_damaged_store_is_refused_and_nothing_is_written(tmp_path, damage):
     elif damage == "manifest":
         flip(home / MANIFEST_NAME, 5)
     elif damage == "newer":
-        edit_manifest(home, version=2)
+        edit_manifest(home, version=3)
     else:
         home = home.rename(home.with_name(TWO))
     with pytest.raises(FormatError, match=f"store {home.name} cannot be exported: .*; run with it once"):
@@ -329,3 +330,71 @@ def test_exporting_changes_nothing_in_the_cache(tmp_path):
     before = picture(tmp_path / "cache")
     export(tmp_path / "cache", tmp_path / "v.npy", dataset=table)
     assert picture(tmp_path / "cache") == before
+
+
+# Sequences -------------------------------------------------------------------------------------------------------
+
+SPELT = {number: [[float(number), float(step)] for step in range(number % 4)] for number in range(10)}
+
+
+def sequences_of(*numbers):
+    mask = torch.tensor([[step < number % 4 for step in range(4)] for number in numbers])
+    values = torch.full((len(numbers), 4, 2), 9.0)
+    for place, number in enumerate(numbers):
+        if SPELT[number]:
+            values[place, : number % 4] = torch.tensor(SPELT[number])
+    return PaddedSequences(values, mask)
+
+
+def lists_in(target):
+    elements, offsets = load(target).tolist(), load(target.with_name(f"{target.stem}.offsets.npy"))
+    assert offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(elements)
+    return [elements[start:end] for start, end in itertools.pairwise(offsets.tolist())]
+
+
+@pytest.mark.parametrize("block", [8, 1 << 20])
+def test_sequences_are_exported_as_elements_and_offsets_or_as_lists(tmp_path, parquet, monkeypatch, block):
+    monkeypatch.setattr(export_module, "BLOCK_BYTES", block)
+    home = store_rows(tmp_path / "cache", numbers=tuple(range(9)), rows=sequences_of(*range(9)), commits=3)
+    add_rows(home, 2, rows=sequences_of(7))  # of a key that was put twice the later sequence counts
+    expected = {number: SPELT[7 if number == 2 else number] for number in range(9)}
+    written = export(tmp_path / "cache", tmp_path / "v.npy")
+    assert [path.name for path in written.files] == ["v.npy", "v.offsets.npy", "v.keys.npy"]
+    elements = sum(map(len, expected.values()))
+    assert (written.rows, written.shape, written.dtype) == (9, (elements, 2), "float32")
+    keys = load(tmp_path / "v.keys.npy").tolist()
+    found = dict(zip(map(tuple, keys), lists_in(tmp_path / "v.npy"), strict=True))
+    assert {number: found[tuple(keys_of(number)[0].tolist())] for number in range(9)} == expected
+
+    export(tmp_path / "cache", tmp_path / "v.parquet")
+    columns = parquet.read_table(tmp_path / "v.parquet").to_pydict()
+    assert list(columns) == ["vector", "key"]
+    assert [found[tuple(key)] for key in columns["key"]] == columns["vector"]
+
+
+@pytest.mark.parametrize("block", [8, 1 << 20])
+def test_sequences_of_a_dataset_are_exported_in_its_order(tmp_path, parquet, monkeypatch, block):
+    monkeypatch.setattr(export_module, "BLOCK_BYTES", block)
+    root, order = tmp_path / "cache", (5, 3, 3, 0, 8, 6)
+    store_rows(root, numbers=tuple(range(9)), rows=sequences_of(*range(9)), commits=3)
+    single = store_table(root, order, [torch.arange(6)])
+    export(root, tmp_path / "v.npy", dataset=single)
+    assert lists_in(tmp_path / "v.npy") == [SPELT[number] for number in order]
+    pairs = store_table(root, order, [torch.arange(3)], width=2)
+    export(root, tmp_path / "p.npy", dataset=pairs)
+    assert lists_in(tmp_path / "p.npy") == [SPELT[number] for number in order]
+    assert load(tmp_path / "p.keys.npy").shape == (3, 2, 2)
+    export(root, tmp_path / "p.parquet", dataset=pairs)
+    columns = parquet.read_table(tmp_path / "p.parquet").to_pydict()
+    assert list(columns) == ["vector.0", "vector.1", "key.0", "key.1", "target.0"]
+    assert columns["vector.0"] == [SPELT[number] for number in order[::2]]
+    assert columns["vector.1"] == [SPELT[number] for number in order[1::2]]
+
+
+def test_sequences_of_numbers_without_a_shape_are_exported(tmp_path, parquet):
+    lengths = PaddedSequences(torch.tensor([[1, 2], [3, 0]]), torch.tensor([[1, 1], [1, 0]]))
+    store_rows(tmp_path / "cache", numbers=(1, 2), rows=lengths)
+    export(tmp_path / "cache", tmp_path / "v.npy")
+    assert lists_in(tmp_path / "v.npy") == [[1, 2], [3]]
+    export(tmp_path / "cache", tmp_path / "v.parquet")
+    assert parquet.read_table(tmp_path / "v.parquet")["vector"].to_pylist() == [[1, 2], [3]]

@@ -99,8 +99,9 @@ def read(path):
 # --- what this package makes of it ---
 
 
-def test_there_is_a_golden_directory_for_the_present_version():
-    assert GOLDEN.name == f"version-{FORMAT_VERSION}"
+def test_there_is_a_golden_directory_for_every_version():
+    assert list(make.WRITERS) == [f"version-{version}" for version in range(1, FORMAT_VERSION + 1)]
+    assert all((GOLDEN.parent / name).is_dir() for name in make.WRITERS)
     assert {path.parent.name for path in manifests(GOLDEN)} == set(STORES)
 
 
@@ -465,6 +466,8 @@ def test_every_file_of_a_run_stands_in_the_layout(golden):
     named = {"<16 hex>": "[0-9a-f]{16}", "<32 hex>": HEX.pattern, "<digest>": HEX.pattern, "<dtype>": "[a-z]+[0-9]+"}
     patterns = []
     for line in section("Layout").splitlines():
+        if line.strip().startswith("filling/"):  # the rest is there only while several processes of one run fill
+            break
         match = re.match(r"^ {6,}((?:[^\s<]|<[^>]*>)+)", line)
         if match and re.search(r"[/.<]", match[1]):
             pattern = re.escape(match[1].rstrip("/"))

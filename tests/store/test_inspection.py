@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,18 +20,16 @@ from tests.caches_for_tests import (
     ONE,
     THREE,
     TWO,
+    add_rows,
     edit_manifest,
     flip,
-    keys_of,
     picture,
-    rows_of,
+    python,
     set_age,
     shards,
     store_rows,
     store_table,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def check(root, advance=lambda done: None):
@@ -286,9 +281,7 @@ def test_shards_that_are_committed_while_it_checks_are_checked_too(tmp_path):
     def commit_another(done):
         if not late:
             late.append(True)
-            store = DiskStore(home, ONE)
-            store.put_many(keys_of(2), rows_of(2))
-            store.flush()
+            add_rows(home, 2)
             flip(next(path for path in shards(home) if path.name not in before))
 
     before = {path.name for path in shards(home)}
@@ -320,10 +313,11 @@ def test_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
         "import sys; from quatcache.store.inspection import check_cache, inspect_cache\n"
         "for found in check_cache(inspect_cache(sys.argv[1])).findings: print(found.path, found.reason)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]  # what waits for a pipe is not stopped from within
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    with python(code, tmp_path) as looking:  # what waits for a pipe is not stopped from within
+        told, _ = looking.communicate(timeout=120)
+    assert looking.returncode == 0
     for path in (home / MANIFEST_NAME, shards(other)[0], table):
-        assert f"{path} is not a regular file" in done.stdout
+        assert f"{path} is not a regular file" in told
 
 
 def test_store_behind_a_link_is_shown_as_a_run_would_see_it(tmp_path):

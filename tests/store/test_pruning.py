@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,18 +21,18 @@ from tests.caches_for_tests import (
     ONE,
     THREE,
     TWO,
+    add_rows,
     edit_manifest,
     flip,
     keys_of,
     picture,
+    python,
     rows_of,
     set_age,
     shards,
     store_rows,
     store_table,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def chosen(root, **limits):
@@ -163,9 +161,7 @@ def test_leftovers_go_after_an_hour_and_not_before(tmp_path):
 def test_shard_that_was_committed_since_it_was_chosen_stays(tmp_path):
     home = store_rows(tmp_path, ONE, (1,))
     keep = (home / MANIFEST_NAME).read_bytes()
-    store = DiskStore(home, ONE)
-    store.put_many(keys_of(2), rows_of(2))
-    store.flush()
+    add_rows(home, 2)
     committed = (home / MANIFEST_NAME).read_bytes()
     (home / MANIFEST_NAME).write_bytes(keep)  # as it was between the shard and the manifest
     for path in shards(home):
@@ -208,10 +204,7 @@ def test_store_that_another_process_fills_stays_whole(tmp_path):
         "    print('filling', flush=True)\n"
         "    sys.stdin.read()\n"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with python(code, tmp_path) as other:
         assert other.stdout.readline() == "filling\n"
         before = picture(home)
         in_store = [outcome for outcome in prune(tmp_path) if outcome.removal.path.parent == home]
@@ -220,7 +213,6 @@ def test_store_that_another_process_fills_stays_whole(tmp_path):
         assert not any(outcome.failed for outcome in (*in_store, whole))
         after = picture(home)
         assert {name: what for name, what in after.items() if name in before} == before
-    finally:
         other.communicate("")
     assert [outcome.note for outcome in prune(tmp_path, unused_days=30)] == [""]
     assert store_names(tmp_path) == []
@@ -238,8 +230,9 @@ def test_locks_are_held_while_a_store_is_emptied(tmp_path, monkeypatch):
             "    try:\n        FileLock(name).acquire(timeout=0); print(name)\n"
             "    except Timeout: pass\n"
         )
-        locks = [str(home / ".fill.lock"), str(home / ".manifest.lock")]
-        free.append(subprocess.run([sys.executable, "-c", code, *locks], stdout=subprocess.PIPE, text=True).stdout)
+        with python(code, home / ".fill.lock", home / ".manifest.lock") as asking:
+            free.append(asking.communicate()[0])
+        assert asking.returncode == 0
         unlink(self, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", watching)
@@ -482,3 +475,58 @@ def test_read_only_cache_says_so_and_stays(tmp_path):
         assert len(DiskStore(home, ONE)) == 3
     finally:
         home.chmod(0o755)
+
+
+def orphan_of(home, size, seconds):
+    """Leave a shard that no manifest names beside a store, without making the store look younger."""
+    orphan = home / f"shard-{'a' * 16}.safetensors"
+    orphan.write_bytes(b"x" * size)
+    set_age(orphan, seconds)
+    return orphan
+
+
+@pytest.mark.parametrize("age", [HOUR - 1, HOUR + 1], ids=["young", "old"])
+def test_leftovers_of_a_store_that_goes_are_freed_with_it_and_counted_once(tmp_path, age):
+    for digest, days in ((ONE, 1), (TWO, 9), (THREE, 5)):
+        store_of_age(tmp_path, digest, days)
+    orphan_of(tmp_path / "encoders" / TWO, 1000, age)
+    for lock in (".fill.lock", ".manifest.lock"):
+        (tmp_path / "encoders" / TWO / lock).write_text("a lock that stays")
+    before = inspect_cache(tmp_path)
+    store = next(store for store in before.stores if store.digest == TWO).bytes
+    for limits, removed in (
+        ({"max_bytes": before.bytes - 1000 - store}, [TWO]),  # with its orphan, the store is enough
+        ({"max_bytes": before.bytes - 1000 - store - 1}, [TWO, THREE]),
+        ({"unused_days": 7}, [TWO]),
+    ):
+        plan = choose(inspect_cache(tmp_path), now=NOW, **limits)
+        assert [removal.path.name for removal in plan.removals] == removed
+        assert plan.kept_bytes == before.bytes - plan.freed_bytes
+    outcomes = remove(plan)
+    assert [(outcome.note, outcome.freed_bytes) for outcome in outcomes] == [("", store + 1000)]
+    assert inspect_cache(tmp_path).bytes == plan.kept_bytes
+
+
+def test_old_leftovers_go_before_any_store(tmp_path):
+    store_of_age(tmp_path, ONE, 1)
+    store_of_age(tmp_path, TWO, 9)
+    orphan = orphan_of(tmp_path / "encoders" / ONE, 1000, 2 * HOUR)
+    total = inspect_cache(tmp_path).bytes
+    plan = choose(inspect_cache(tmp_path), max_bytes=total - 1, now=NOW)
+    assert [removal.path for removal in plan.removals] == [orphan]
+    assert sum(outcome.freed_bytes for outcome in remove(plan)) == plan.freed_bytes == 1000
+
+
+def test_leftovers_that_are_too_young_are_told_of(tmp_path):
+    store_of_age(tmp_path, ONE, 1)
+    leave_behind(tmp_path, HOUR - 1)
+    plan = choose(inspect_cache(tmp_path), now=NOW)
+    assert plan.removals == ()
+    assert plan.notes == (
+        "3 leftovers are younger than an hour, so a process may still use them: left alone until then.",
+    )
+    orphan_of(tmp_path / "encoders" / ONE, 10, 2 * HOUR)
+    (tmp_path / "datasets" / ".tmp-0123-x.safetensors").unlink()
+    (note,) = choose(inspect_cache(tmp_path), now=NOW).notes
+    assert note.startswith("1 leftover is younger than an hour, so a process may still use it")
+    assert choose(inspect_cache(tmp_path), max_bytes=0, now=NOW).notes == ()  # it goes with its store

@@ -382,7 +382,9 @@ def test_a_model_that_forgets_its_callback_is_told():
         def configure_callbacks(self):
             return []
 
-    with pytest.raises(ModelDefinitionError, match=r"got a list instead of a Batch.*super\(\)\.configure_callbacks"):
+    with pytest.raises(
+        ModelDefinitionError, match=r"got an object of type list instead of a Batch.*super\(\)\.configure_callbacks"
+    ):
         fit(Forgets(), loader(Texts(texts(20))))
 
 

@@ -9,15 +9,18 @@ import sys
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalMRR, RetrievalPrecision
 
-from quatcache import CacheConfig, ServableModel, SimilarityPairSample, TrainableModel
-from quatcache.errors import ModelDefinitionError
+from quatcache import CacheCallback, CacheConfig, ServableModel, SimilarityPairSample, TrainableModel
+from quatcache.data import Batch
+from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError
 from quatcache.heads import LinearHead
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.metrics import EmbeddingRetrieval
+from quatcache.training.plan import plan
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts, trainer
 
 CACHES = [None, CacheConfig()]
@@ -190,7 +193,7 @@ def test_the_level_of_the_logger_is_the_users(caplog):
             {"mrr": RetrievalMRR()},
             r"'mrr' is a bare RetrievalMRR.*wrap it: .*EmbeddingRetrieval\(RetrievalMRR\(\)\)",
         ),
-        (MulticlassAccuracy(5), "configure_metrics returned a MulticlassAccuracy; return a dict"),
+        (MulticlassAccuracy(5), r"configure_metrics returned MulticlassAccuracy\(\); return a dict of torchmetrics"),
     ],
 )
 def test_metrics_that_cannot_be_updated_are_refused(metrics, message):
@@ -210,3 +213,152 @@ def test_an_encoder_of_another_class_in_the_directory_explains_nothing(tmp_path,
         for encoder in (HashingEncoder(), Other()):
             fit(Model({"default": encoder}, CacheConfig(save_dir=tmp_path)), loader(Texts(texts(9))))
     assert "differs" not in caplog.text
+
+
+@pytest.mark.parametrize("cache", [None, CacheConfig()], ids=["plain", "cached"])
+def test_metrics_are_named_for_the_loaders_of_their_own_run(cache):
+    class Measured(Model):
+        def configure_metrics(self):
+            return {"acc": MulticlassAccuracy(5)}
+
+    model, data = Measured(cache=cache), loader(Texts(texts(20)))
+    run = fit(model, data, [data, data])
+    assert {"val_acc/dataloader_idx_0", "val_acc/dataloader_idx_1"} < set(run.callback_metrics)
+    logged = trainer().test(model, data, verbose=False)
+    assert [set(metrics) for metrics in logged] == [{"test_loss", "test_acc"}]
+    logged = trainer().validate(model, data, verbose=False)
+    assert [set(metrics) for metrics in logged] == [{"val_loss", "val_acc"}]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(99, 5),
+        nn.Sequential(nn.Linear(99, 5), nn.ReLU()),
+        nn.Sequential(nn.Dropout(0.1), nn.Sequential(nn.Linear(99, 5))),
+        LinearHead(99, 5),
+    ],
+    ids=["linear", "sequential", "nested", "own"],
+)
+def test_a_head_of_another_width_is_refused_when_the_model_is_made(head):
+    with pytest.raises(ConfigError, match="the encoders give 16 values per item, the head takes 99; make them agree"):
+        Model(head=head)
+
+
+def test_a_head_may_take_what_a_model_of_its_own_making_gives_it():
+    class Doubled(Model):
+        def forward(self, inputs):
+            rows = inputs["default"] if torch.is_tensor(inputs["default"]) else None
+            rows = self.encoders["default"](inputs["default"]) if rows is None else self.encoders["default"](rows)
+            return self.head(torch.cat([rows, rows], dim=1))
+
+    fit(Doubled(head=nn.Linear(32, 5), cache=CacheConfig()), loader(Texts(texts(20))), max_epochs=1)
+    fit(Model(head=nn.Sequential(nn.LazyLinear(5))), loader(Texts(texts(20))), max_epochs=1)
+    assert Model(head=nn.Sequential(nn.Flatten(), nn.Linear(99, 5))).head[1].in_features == 99  # nothing shows
+
+
+def test_a_loss_that_does_not_take_pairs_is_told_how_it_is_called():
+    pairs = [SimilarityPairSample(text, text) for text in texts(8)]
+    message = r"called for pairs as loss\(embeddings, pairs, labels, subgroups\), which CrossEntropyLoss does not take"
+    with pytest.raises(ModelDefinitionError, match=message):
+        fit(Model(cache=CacheConfig()), loader(pairs, collate_fn=None))
+
+    class OfPairs(nn.Module):
+        def forward(self, embeddings, pairs, labels, subgroups):
+            return embeddings.sum()
+
+    message = r"called for groups as loss\(embeddings, groups\), which OfPairs does not take"
+    with pytest.raises(ModelDefinitionError, match=message):
+        fit(Model(loss=OfPairs()), loader(Texts(texts(20))))
+
+
+def test_an_error_within_a_loss_is_not_explained_away():
+    class Broken(nn.Module):
+        def forward(self, embeddings, groups):
+            return embeddings + "a"
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        fit(Model(loss=Broken()), loader(Texts(texts(20))))
+    assert not isinstance(caught.value, ModelDefinitionError)
+
+
+@pytest.mark.parametrize(("returned", "shown"), [({"a": 1}, "{'a': 1}"), (CacheConfig, "<class '.*CacheConfig'>")])
+def test_caches_that_are_no_config_are_refused(returned, shown):
+    class Wrong(Model):
+        def configure_caches(self):
+            return returned
+
+    with pytest.raises(
+        ModelDefinitionError, match=f"Wrong.configure_caches returned {shown}; return a CacheConfig, or"
+    ):
+        fit(Wrong(), loader(Texts(texts(20))))
+    with pytest.raises(
+        ModelDefinitionError, match=f"Wrong.configure_caches returned {shown}; return a CacheConfig, or"
+    ):
+        plan(Wrong(), loader(Texts(texts(20))))
+    with pytest.raises(ConfigError, match=f"config is {shown}; pass a CacheConfig, or None"):
+        CacheCallback(returned)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"m": 3}, "configure_metrics returned 3 as metric 'm'; return a dict of torchmetrics"),
+        (
+            [MulticlassAccuracy(5)],
+            r"configure_metrics returned \[MulticlassAccuracy\(\)\]; return a dict of torchmetrics",
+        ),
+    ],
+)
+def test_metrics_of_another_kind_are_refused_before_the_fill(metrics, message):
+    class Measured(Model):
+        def configure_metrics(self):
+            return metrics
+
+    model, data = Measured(cache=CacheConfig()), Texts(texts(20))
+    with pytest.raises(ModelDefinitionError, match=message):
+        fit(model, loader(data), loader(data))
+    assert model.cache_callback.report.encoded == 0 and data.reads == 0
+
+
+def together(kind):
+    """Two train loaders of which each step gets a batch of each."""
+    one, two = loader(Texts(texts(20))), loader(Texts(texts(12)))
+    return {
+        "dict": {"a": one, "b": two},
+        "list": [one, two],
+        "combined": CombinedLoader({"a": one, "b": two}, "min_size"),
+    }[kind]
+
+
+@pytest.mark.parametrize("cache", [None, CacheConfig()], ids=["plain", "cached"])
+@pytest.mark.parametrize(("kind", "batch"), [("dict", "dict"), ("list", "list"), ("combined", "dict")])
+def test_train_loaders_that_a_step_gets_together_are_refused_before_the_fill(kind, batch, cache):
+    model, loaders = Model(cache=cache), together(kind)
+    message = (
+        f"fit was given 2 train loaders, so a step gets a {batch} of Batches: concatenate the datasets, or override "
+        "training_step to take it"
+    )
+    with pytest.raises(LoaderError, match=message):
+        fit(model, loaders)
+    assert model.cache_callback.report.encoded == 0
+    with pytest.raises(LoaderError, match=r"fit was given 1 train loader in a list, so .*: pass the loader itself"):
+        fit(model, [loader(Texts(texts(20)))])
+
+
+def test_a_step_of_the_models_own_takes_loaders_together():
+    class Together(Model):
+        def training_step(self, batch, batch_idx):
+            return sum(super(Together, self).training_step(part, batch_idx) for part in batch.values())
+
+    model = Together(cache=CacheConfig())
+    fit(model, together("dict"))
+    assert model.cache_callback.report.encoded > 0
+
+
+def test_a_step_that_is_given_several_batches_says_so():
+    batch = {"a": Batch({}, ()), "b": Batch({}, ())}
+    with pytest.raises(LoaderError, match="fit was given 2 train loaders, so a step gets a dict of Batches"):
+        Model().training_step(batch, 0)
+    with pytest.raises(LoaderError, match=r"a val step got a dict of 2 Batches.*mode 'sequential', or override"):
+        Model().validation_step(batch, 0)

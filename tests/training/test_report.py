@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 
 import pytest
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
 from quatcache import CacheConfig
 from quatcache.errors import StoreError
 from quatcache.store import DiskStore
 from quatcache.store.manifest import Manifest
-from quatcache.training.report import CacheReport, EncoderReport, readable_time
+from quatcache.training.report import CacheReport, EncoderReport
+from quatcache.units import readable_time
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, texts
 
 
@@ -159,3 +161,95 @@ def test_table_names_each_encoder():
         "encoder": ["default"], "tier": ["CPU"], "rows": ["90"], "size": ["5.8 kB"], "encoded": ["90"],
         "hits": ["3"], "duplicates": ["10"],
     }  # fmt: skip
+
+
+def test_epoch_at_which_the_cache_would_be_ahead_is_not_said_to_be_reached():
+    assert report(epochs=3).gain().endswith("; ahead after epoch 2")
+    slow = report(fill_seconds=520.0, epochs=3)
+    assert slow.break_even_epoch == 53
+    assert slow.gain().endswith("; not yet ahead: that would take 53 epochs")
+    assert slow.metrics()["cache/break_even_epoch"] == 53
+
+
+def test_epochs_that_the_cache_did_not_serve_are_told():
+    class Unfreezes(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.configured.requires_grad_(True)
+
+    class Frozen(TrainableHashing):
+        trainable = False
+
+    encoder = Frozen()
+    encoder.requires_grad_(False)
+    model = Model({"default": encoder}, CacheConfig())
+    model.__dict__["configured"] = encoder
+    fit(model, loader(Texts(texts(20))), callbacks=[Unfreezes()], max_epochs=3)
+    found = model.cache_callback.report
+    assert (len(found.epoch_seconds), found.epochs) == (1, 3)
+    assert "; cached for 1 of 3 epochs" in found.gain()
+    assert "cached for" not in report(epochs=3).gain()
+
+
+def test_the_line_says_what_was_found_and_the_reason_only_where_labels_are_not_cached(tmp_path):
+    lines = []
+    for settings in ({}, {}, {"labels": False}):
+        model = Model(cache=CacheConfig(save_dir=tmp_path, **settings))
+        fit(model, loader(Texts(texts(40))), max_epochs=1)
+        lines.append(model.cache_callback.report.line())
+    assert "; 40 items encoded in " in lines[0] and "found" not in lines[0] and lines[0].endswith("; labels cached.")
+    assert "; 40 rows found, 0 items encoded in " in lines[1] and lines[1].endswith("; labels cached.")
+    assert lines[2].endswith("; labels not cached: labels=False.")
+
+
+def test_one_row_is_not_plural():
+    single = report(one(rows=1, encoded=1, hits=1), labels=True).line()
+    assert ": 1 row, " in single and "; 1 row found, 1 item encoded in " in single
+
+
+@pytest.mark.parametrize(
+    ("encoders", "cache", "reason"),
+    [
+        ({"default": TrainableHashing}, CacheConfig(), "encoder 'default' is trainable"),
+        ({"a": HashingEncoder, "b": TrainableHashing}, CacheConfig("none"),
+         "encoder 'a' is on tier NONE, encoder 'b' is trainable"),
+    ],
+)  # fmt: skip
+def test_that_nothing_is_cached_is_logged_with_the_reason(caplog, encoders, cache, reason):
+    model = Model({name: kind() for name, kind in encoders.items()}, cache)
+    with caplog.at_level("INFO", logger="quatcache"):
+        fit(model, loader(Texts(texts(16))))
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("quatcache")] == [
+        f"nothing is cached: {reason}."
+    ]
+    assert str(model.cache_callback.report) == f"nothing is cached: {reason}."
+
+
+def test_where_something_is_cached_or_no_cache_was_asked_for_nothing_is_said_of_that(caplog):
+    with caplog.at_level("INFO", logger="quatcache"):
+        fit(Model({"a": HashingEncoder(), "b": TrainableHashing()}, CacheConfig()), loader(Texts(texts(16))))
+        fit(Model(), loader(Texts(texts(16))))
+    assert "nothing is cached" not in caplog.text
+
+
+def test_a_report_is_printed_as_its_table_and_its_gain():
+    lines = str(report(one(hits=3), epochs=3)).splitlines()
+    assert lines[3].split() == [
+        "│",
+        "default",
+        "│",
+        "CPU",
+        "│",
+        "90",
+        "│",
+        "5.8",
+        "kB",
+        "│",
+        "90",
+        "│",
+        "3",
+        "│",
+        "10",
+        "│",
+    ]
+    assert lines[-1] == report(epochs=3).gain()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import BaseFinetuning, Callback
 from torch import nn
+from torch.utils.data import DataLoader, Sampler
 
 from quatcache import CacheConfig, CacheType, SimilarityPairSample
 from quatcache.encoders.cached import CachedEncoder
@@ -176,3 +177,23 @@ def test_unfreezing_on_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr("pytorch_lightning.Trainer.world_size", property(lambda self: 2))
     with pytest.raises(NotFrozenError, match=r"'default' was unfrozen .* on 2 processes .*; train the last epochs in"):
         run(CacheConfig())
+
+
+class Lengthless(Sampler):
+    """Batches whose number is not known ahead: Lightning then fetches each batch before the step of the one before."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __iter__(self):
+        return (part.tolist() for part in torch.randperm(self.size).split(8))
+
+
+@pytest.mark.parametrize("fill", ["eager", "lazy"])
+def test_a_batch_that_was_fetched_ahead_gets_its_samples(fill):
+    models = [Model({"default": Thawable()}, cache) for cache in (CacheConfig(fill=fill), None)]
+    for model in models:
+        train = DataLoader(Texts(texts(50)), batch_sampler=Lengthless(50))
+        fit(model, train, max_epochs=3, callbacks=[ThawsAtStep(9)])
+    assert same_run(*models)
+    assert torch.equal(trained(models[0]), trained(models[1]))

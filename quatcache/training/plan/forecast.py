@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quatcache.training.report import readable_size, readable_time
+from quatcache.units import readable_shape, readable_size, readable_time
 
 __all__ = ["CachePlan", "DatasetPlan", "EncoderPlan"]
 
@@ -40,7 +40,7 @@ class EncoderPlan(DatasetPlan):
     Attributes:
         name: Its name in the model.
         datasets: The counts of each dataset alone.
-        row_shape: Shape of one row.
+        row_shape: Shape of one row; of sequences the first size is None.
         dtype: Dtype in which rows would be stored.
         row_bytes: Bytes of one stored row, without its key.
         total_bytes: Bytes of the distinct rows, stored or not; rows that an encoder of the same identity before this
@@ -55,7 +55,7 @@ class EncoderPlan(DatasetPlan):
     """
 
     datasets: tuple[DatasetPlan, ...]
-    row_shape: tuple[int, ...]
+    row_shape: tuple[int | None, ...]
     dtype: str
     row_bytes: int
     total_bytes: int
@@ -88,8 +88,9 @@ class CachePlan:
     Example:
         >>> encoder = EncoderPlan(
         ...     "default", items=1000, distinct=900, stored=0, to_encode=900, estimated=False, datasets=(),
-        ...     row_shape=(384,), dtype="float32", row_bytes=1536, total_bytes=1382400, bytes_by_dtype={"float16": 691200}, tier="CPU",
-        ...     tier_reason="it fits", source=None, fill_seconds=9.0, epoch_seconds=10.0, cached_epoch_seconds=0.1,
+        ...     row_shape=(384,), dtype="float32", row_bytes=1536, total_bytes=1382400,
+        ...     bytes_by_dtype={"float16": 691200}, tier="CPU", tier_reason="it fits", source=None,
+        ...     fill_seconds=9.0, epoch_seconds=10.0, cached_epoch_seconds=0.1,
         ... )
         >>> plan = CachePlan((encoder,), 256, 32, 0.9, None, None, 8_000_000_000, epochs=100)
         >>> plan.break_even_epoch, plan.total_bytes
@@ -156,7 +157,7 @@ class CachePlan:
         rows = []
         for encoder in self.encoders:
             costs = [
-                f"{'x'.join(map(str, encoder.row_shape))} {encoder.dtype}",
+                f"{readable_shape(encoder.row_shape)} {encoder.dtype}",
                 readable_size(encoder.total_bytes),
                 encoder.tier,
                 readable_time(encoder.fill_seconds),

@@ -6,7 +6,6 @@ random states are left as they were found: a fit after a plan is the fit that it
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +45,7 @@ from quatcache.training.plan.rehearsal import (
     trainer_without_settings,
 )
 from quatcache.training.plan.trial import Timed, read_sample_chunks, time_encoder
+from quatcache.training.views import as_views
 
 __all__ = ["plan", "plan_from_config"]
 
@@ -143,6 +143,7 @@ def plan_from_config(arguments: Sequence[str]) -> CachePlan:
         return plan(
             built.model,
             datamodule=built.datamodule,
+            config=config_of(built.model, built.trainer, "set cache in the configuration"),
             trainer=built.trainer,
             epochs=epochs if epochs and epochs > 0 else None,
         )
@@ -227,7 +228,12 @@ class _Planner:
             of.setdefault(id(loader.dataset), []).append((loader, name))
         return [
             KeysOf(
-                DatasetFill(loaders[0][1], loaders[0][0].dataset, self.reader, number=number),
+                DatasetFill(
+                    loaders[0][1],
+                    as_views(loaders[0][0].dataset, self.reader, self.config.num_views),
+                    self.reader,
+                    number=number,
+                ),
                 [epoch_of(loader, self.config.batch_size) for loader, _ in loaders],
             )
             for number, loaders in enumerate(of.values())
@@ -265,7 +271,7 @@ class _Planner:
     def _part(self, fill: EncoderFill, datasets: Sequence[KeysOf], rows: Rows, timed: Timed) -> EncoderPlan:
         """Put together what was found out about one encoder."""
         together, new = count(fill.name, datasets, fill.name, rows)
-        values = math.prod(timed.row_shape)
+        values = timed.values
         row_bytes = values * timed.stored_dtype.itemsize
         others = {timed.given_dtype, torch.float16, torch.bfloat16} if timed.given_dtype.is_floating_point else set()
         tier, reason = self.config.tier_of(fill.name), ""

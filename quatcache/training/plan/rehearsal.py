@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from quatcache.encoders import Encoder
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.encoders.weights import to_device
-from quatcache.errors import ConfigError, LoaderError
+from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError
 from quatcache.training.callback import CacheCallback
-from quatcache.training.config import CacheConfig
+from quatcache.training.config import CacheConfig, checked_config
 from quatcache.training.lightning import (
     LIGHTNING_PACKAGES,
     CombinedLoader,
@@ -47,8 +47,15 @@ def trainer_without_settings() -> Trainer:
         talker.setLevel(level)
 
 
-def config_of(model: LightningModule, trainer: Trainer) -> CacheConfig:
+def config_of(
+    model: LightningModule, trainer: Trainer, remedy: str = "return a CacheConfig from it, or pass one as config"
+) -> CacheConfig:
     """Give the config that a fit would cache by: that of a callback given to the trainer, or the model's own.
+
+    Args:
+        model: The model.
+        trainer: The trainer of the fit to come.
+        remedy: What to do where there is none.
 
     Raises:
         ConfigError: Neither would cache.
@@ -56,12 +63,10 @@ def config_of(model: LightningModule, trainer: Trainer) -> CacheConfig:
     given = [callback for callback in trainer.callbacks if isinstance(callback, CacheCallback)]  # type: ignore[attr-defined]
     by_hand = [callback.config for callback in given if not callback.brought_by_model]
     hook = getattr(model, "configure_caches", None)
-    config: CacheConfig | None = by_hand[0] if by_hand else hook() if hook is not None else None
+    found = f"{type(model).__name__}.configure_caches returned"
+    config = by_hand[0] if by_hand else None if hook is None else checked_config(hook(), found, ModelDefinitionError)
     if config is None:
-        raise ConfigError(
-            f"{type(model).__name__} would not be cached: its configure_caches() gives None; return a CacheConfig from "
-            "it, or pass one as config."
-        )
+        raise ConfigError(f"{type(model).__name__} would not be cached: its configure_caches() gives None; {remedy}.")
     return config
 
 

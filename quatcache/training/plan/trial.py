@@ -14,6 +14,7 @@ import torch
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import TensorStore
+from quatcache.store.protocol import RowShape, Values
 from quatcache.training.encoder_fill import WINDOW, EncoderFill
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk
@@ -37,6 +38,7 @@ class Timed:
         uncached: In the batches of an uncached epoch.
         cached: Of gathering a stored row.
         row_shape: Shape of one row.
+        values: How many values a row has; of sequences, those of the sample on average.
         given_dtype: Dtype that the encoder gives.
         stored_dtype: Dtype that is stored.
     """
@@ -44,7 +46,8 @@ class Timed:
     fill: float
     uncached: float
     cached: float
-    row_shape: tuple[int, ...]
+    row_shape: RowShape
+    values: int
     given_dtype: torch.dtype
     stored_dtype: torch.dtype
 
@@ -56,7 +59,7 @@ class _ThrownAway(TensorStore):
         super().__init__(dtype=dtype)
         self._advance = advance
 
-    def put_many(self, keys: KeyArray, values: torch.Tensor) -> None:
+    def put_many(self, keys: KeyArray, values: Values) -> None:
         super().put_many(keys, values)
         self._advance(len(keys))
 
@@ -115,6 +118,7 @@ def time_encoder(
         uncached / items,
         cached / items,
         store.row_shape,
+        round(store.nbytes / max(len(store), 1) / store.rows.dtype.itemsize),
         store.given_dtype,
         store.rows.dtype,
     )

@@ -1,7 +1,7 @@
-"""Writes the golden cache directory of the present format version: ``python -m tests.store.golden.make``.
+"""Writes the golden cache directory of each format version: ``python -m tests.store.golden.make``.
 
 What it holds is the same each time; the names of shards and the time of the fill are not. So it is written once for
-each format version and kept: a later quatcache must read what this one wrote. It refuses to write over one that exists.
+each format version and kept: a later quatcache must read what this one wrote. It leaves alone what exists.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from quatcache import CacheConfig, Encoder, SimilarityPairSample, TrainableModel
+from quatcache import CacheConfig, Encoder, PaddedSequences, SimilarityPairSample, TrainableModel
 from quatcache.keys import content_keys
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.store import DiskStore
-from quatcache.store.manifest import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 TEXTS = ["alder", "birch", "Größe", "naïve 東京", "elm"]
@@ -107,7 +106,8 @@ def put(save_dir, digest, items, rows, *, shards=1):
     store = DiskStore(save_dir / "encoders" / digest, digest, facts=facts, environment=ENVIRONMENT)
     size = len(items) // shards
     for start in range(0, len(items), size):
-        store.put_many(content_keys(items[start : start + size]), rows[start : start + size])
+        part = slice(start, start + size)
+        store.put_many(content_keys(items[part]), rows[part])
         store.flush()
     store.compact()
 
@@ -124,8 +124,35 @@ def write(save_dir):
         left.unlink()
 
 
+def spelled():
+    """Give the texts as sequences: of each letter its code point and its place, divided by 8; one text is empty."""
+    spelt = [[[ord(letter) / 8, place / 8] for place, letter in enumerate(text)] for text in [*TEXTS, ""]]
+    values, mask = torch.full((len(spelt), 9, 2), 9.0), torch.zeros(len(spelt), 9, dtype=torch.bool)
+    for row, letters_of in enumerate(spelt):
+        mask[row, : len(letters_of)] = True
+        if letters_of:
+            values[row, : len(letters_of)] = torch.tensor(letters_of)
+    return PaddedSequences(values, mask)
+
+
+def write_sequences(save_dir):
+    """Write what version 2 adds, with the store alone."""
+    sequences = spelled()
+    put(save_dir, "5" * 32, [*TEXTS, ""], sequences)
+    put(save_dir, "6" * 32, [*TEXTS, ""], sequences.to(torch.bfloat16))
+    lengths = PaddedSequences(sequences.mask.long(), sequences.mask)  # elements without a shape
+    put(save_dir, "7" * 32, [*TEXTS, ""], lengths)
+    many = PaddedSequences(torch.arange(32.0).reshape(8, 4, 1) / 7, torch.ones(8, 4).tril() > 0)
+    put(save_dir, "9" * 32, [str(number) for number in range(8)], many, shards=8)
+    for left in (*save_dir.rglob(".*.lock"), *save_dir.rglob(".last-used")):
+        left.unlink()
+
+
+WRITERS = {"version-1": write, "version-2": write_sequences}
+
 if __name__ == "__main__":
-    golden = HERE / f"version-{FORMAT_VERSION}"
-    if golden.exists():
-        sys.exit(f"{golden.name} exists, and what it is for is to stay as it is")
-    write(golden)
+    fresh = [name for name in WRITERS if not (HERE / name).exists()]
+    for name in fresh:
+        WRITERS[name](HERE / name)
+    if not fresh:
+        sys.exit("all of them exist, and what they are for is to stay as they are")
