@@ -271,3 +271,19 @@ def test_a_commit_that_was_forbidden_is_never_made(tmp_path):
     store.before_commit = lambda: None
     store.flush()
     assert len(DiskStore(tmp_path / "store", "0" * 32)) == 0
+
+
+class Drawing(HashingEncoder):
+    """Draws a random number in each call, which its rows do not depend on."""
+
+    def forward(self, inputs):
+        torch.rand(())
+        return super().forward(inputs)
+
+
+def test_encoding_in_a_step_takes_no_random_numbers_from_training():
+    models = [Model({"default": Drawing()}, cache) for cache in (lazy(), CacheConfig(max_size=20 * 64), CacheConfig())]
+    for model in models:
+        fit(model, loader(Texts(texts(50)), shuffle=True), max_epochs=2)
+    assert same_run(models[0], models[2])
+    assert same_run(models[1], models[2])
