@@ -28,6 +28,9 @@ class BudgetStore:
         max_size: Budget in bytes of rows, keys not counted.
         dtype: Storage dtype of the store; None: as values are given.
 
+    Attributes:
+        max_size: The budget.
+
     Example:
         >>> from quatcache.keys import content_keys
         >>> from quatcache.store import TensorStore
@@ -40,7 +43,7 @@ class BudgetStore:
     def __init__(self, store: RowStore, max_size: int, dtype: torch.dtype | None = None) -> None:
         """Nothing is read."""
         self._store = store
-        self._max_size = max_size
+        self.max_size = max_size
         self._dtype = dtype
         self._row_bytes: int | None = None
 
@@ -51,7 +54,7 @@ class BudgetStore:
             self._row_bytes = max(self._store.nbytes // len(self._store), 1)
         if self._row_bytes is None:
             return None
-        return max(self._max_size - self._store.nbytes, 0) // self._row_bytes
+        return max(self.max_size - self._store.nbytes, 0) // self._row_bytes
 
     def affordable(self, keys: KeyArray) -> Positions:
         """Give the positions of the keys that are present, or whose rows fit: of distinct absent ones the first."""
@@ -66,7 +69,7 @@ class BudgetStore:
         absent, sizes = self._store.missing(keys), row_bytes(values, self._dtype).numpy()
         if self._row_bytes is None and len(keys):
             self._row_bytes = max(int(sizes.mean()), 1)
-        left = max(self._max_size - self._store.nbytes, 0)
+        left = max(self.max_size - self._store.nbytes, 0)
         declined = absent[np.searchsorted(np.cumsum(sizes[absent]), left, side="right") :]
         if len(declined):
             taken = np.delete(np.arange(len(keys)), declined)

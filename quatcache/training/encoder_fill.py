@@ -16,7 +16,7 @@ import torch
 
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.errors import CacheMissError, ConfigError, StoreError, shorten
-from quatcache.keys import KeyArray
+from quatcache.keys import KeyArray, distinct
 from quatcache.read_through import Counts, fill_through, read_through
 from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
 from quatcache.store.buffer import as_rows
@@ -81,6 +81,7 @@ class EncoderFill:
     seconds: float = 0.0
     noted: tuple[int, float] = (0, 0.0)
     _next_look: float = 0.0
+    _budget: BudgetStore | None = field(default=None, init=False, repr=False)  # of this store: no copy takes it along
 
     @property
     def pace(self) -> float | None:
@@ -137,9 +138,12 @@ class EncoderFill:
 
     @property
     def _kept(self) -> RowStore:
-        if self.declines:
-            return BudgetStore(self.store, 0, self.dtype)
-        return self.store if self.max_size is None else BudgetStore(self.store, self.max_size, self.dtype)
+        limit = 0 if self.declines else self.max_size
+        if limit is None:
+            return self.store
+        if self._budget is None or self._budget.max_size != limit:  # kept: finding the size of a row sorts all keys
+            self._budget = BudgetStore(self.store, limit, self.dtype)
+        return self._budget
 
     def decline(self, error: Exception) -> None:
         """Keep no more rows: training can go on without.
@@ -221,7 +225,7 @@ class EncoderFill:
             )
         if len(missing):
             self._decline_if_short()
-        encoded, before, held = 0, self.seconds, len(self.store)
+        encoded, before = 0, self.seconds
 
         def compute(positions: Positions) -> Any:
             nonlocal encoded
@@ -237,7 +241,9 @@ class EncoderFill:
         self.counts += Counts(len(keys), len(keys) - len(missing), len(missing) - encoded, encoded)
         self.in_steps += encoded
         if encoded:
-            kept = len(self.store) - held
+            kept = encoded
+            if self.declines or self.max_size is not None:  # counting what the store holds would sort all of its keys
+                kept -= len(distinct(keys[self.store.missing(keys)])[0])
             self.kept_in_steps += kept
             self.fill_seconds += (self.seconds - before) * kept / encoded
         return rows

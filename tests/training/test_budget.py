@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from quatcache import CacheConfig, CacheType
 from quatcache.errors import ConfigError
 from quatcache.keys import content_keys
 from quatcache.store import BudgetStore, TensorStore
+from quatcache.training.encoder_fill import EncoderFill
+from quatcache.training.keying import KeyScheme
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts
 from tests.training.test_law_same_training import SAMPLERS, SAMPLES, loss_for
 
@@ -178,3 +181,10 @@ class TestBudgetStore:
         store = BudgetStore(TensorStore(dtype=torch.float16), 4 * 4, torch.float16)
         store.put_many(content_keys(list("abcdef")), torch.zeros(6, 2))
         assert len(store) == 4
+
+
+def test_a_copy_with_another_store_has_a_budget_of_its_own():
+    store, other, keys = TensorStore(), TensorStore(), content_keys(["a", "b"])
+    fill = EncoderFill("default", KeyScheme("default"), store, lambda: None, len, max_size=40 * ROW)
+    fill.lacking(keys)
+    assert replace(fill, store=other)._kept._store is other
