@@ -8,11 +8,12 @@ index operation, and the loader's own sampler, generator and ``drop_last`` decid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
+from typing_extensions import Self
 
 from quatcache.data.samples import (
     ReadSample,
@@ -23,7 +24,7 @@ from quatcache.data.samples import (
 )
 from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
 
-__all__ = ["INDICES", "Batch", "BatchReader", "CachedColumns", "collate_items", "read_samples"]
+__all__ = ["INDICES", "Batch", "BatchReader", "CachedColumns", "collate_items", "positions_of", "read_samples"]
 
 SampleReader = Callable[[Any], Any]
 
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
     targets: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedColumns:
     """What is known of every sample of one dataset, by index.
 
@@ -62,6 +63,11 @@ class CachedColumns:
     def complete(self) -> bool:
         """Whether every item has a row."""
         return all(bool((rows >= 0).all()) for rows in self.rows.values())
+
+    def to(self, device: torch.device) -> CachedColumns:
+        """Bring the columns to a device; those that are there are shared."""
+        targets = None if self.targets is None else tuple(column.to(device) for column in self.targets)
+        return replace(self, rows={name: rows.to(device) for name, rows in self.rows.items()}, targets=targets)
 
 
 def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> list[ReadSample]:
@@ -181,17 +187,41 @@ class BatchReader(Dataset[Any]):
         return Batch(self._numbers(self.columns, where), self.columns.layout.loss_arguments(targets))
 
     def positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Give the indices of a batch as the dataset understands them: whole numbers, negative ones from the end."""
-        where = torch.as_tensor(indices)
-        if where.dtype is not torch.int64:
-            where = where.to(torch.int64)
-        if isinstance(indices, torch.Tensor):  # made by a loader of ours
-            return where
-        return torch.where(where < 0, where + len(self.dataset), where)
+        """Give the indices of a batch as the dataset understands them; see :func:`positions_of`."""
+        return positions_of(indices, len(self.dataset))
+
+    def with_columns(self, columns: CachedColumns) -> Self:
+        """Give the same reader over other columns, for instance the same ones on another device.
+
+        Indices are then given as tensors on that device, and nothing leaves it.
+        """
+        return replace(self, columns=columns)
 
     @staticmethod
     def _numbers(columns: CachedColumns, where: torch.Tensor) -> dict[str, Any]:
         return {name: rows.index_select(0, where).t().reshape(-1) for name, rows in columns.rows.items()}
+
+
+def positions_of(indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tensor:
+    """Give the indices of a batch as a dataset understands them: whole numbers, negative ones from the end.
+
+    Args:
+        indices: Of B samples; a tensor comes from a loader of ours and has no negative ones.
+        size: That of the dataset.
+
+    Returns:
+        int64 ``(B,)``.
+
+    Example:
+        >>> positions_of([0, -1], 5)
+        tensor([0, 4])
+    """
+    where = torch.as_tensor(indices)
+    if where.dtype is not torch.int64:
+        where = where.to(torch.int64)
+    if isinstance(indices, torch.Tensor):
+        return where
+    return torch.where(where < 0, where + size, where)
 
 
 def collate_samples(samples: Sequence[ReadSample], collates: Mapping[str, Callable[[Sequence[Any]], Any]]) -> Batch:

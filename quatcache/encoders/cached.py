@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -20,11 +21,25 @@ from quatcache.encoders.encoder import Encoder
 __all__ = ["CachedEncoder"]
 
 
+class Moves(Protocol):
+    """Where the real encoder is while it stands aside."""
+
+    @property
+    def home(self) -> torch.device | None:
+        """Where it returns to; None: it is there."""
+        ...
+
+    def recall(self) -> None:
+        """Bring it back."""
+        ...
+
+
 class CachedEncoder(nn.Module):
     """Passes on the rows that a loader gathered, in place of the encoder that made them.
 
     Args:
         encoder: The real encoder; it is not changed.
+        moves: Knows where it is; None: it stays where it is.
 
     Attributes:
         trainable: Always false.
@@ -39,18 +54,25 @@ class CachedEncoder(nn.Module):
 
     trainable = False
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, moves: Moves | None = None) -> None:
         """Share the tensors and submodules of the encoder."""
         super().__init__()
         self._aside = (encoder,)  # in a tuple: nn.Module registers modules, but does not look into tuples
+        self._moves = moves
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             object.__setattr__(self, shared, getattr(encoder, shared))
         self.training = encoder.training
 
     @property
     def encoder(self) -> Encoder:
-        """The real encoder."""
+        """The real encoder, wherever its weights are."""
         return self._aside[0]
+
+    def at_hand(self) -> Encoder:
+        """Give the real encoder on the device of the model, to encode with it."""
+        if self._moves is not None:
+            self._moves.recall()
+        return self.encoder
 
     @property
     def embedding_size(self) -> int:
@@ -76,8 +98,10 @@ class CachedEncoder(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
-        """Copy the real encoder: a copy of a model is not in its run."""
-        return copy.deepcopy(self.encoder, memo)
+        """Copy the real encoder, to where the model is: a copy of a model is not in its run."""
+        copied: Encoder = copy.deepcopy(self.encoder, memo)
+        home = None if self._moves is None else self._moves.home
+        return copied if home is None else copied.to(home)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the real encoder to another process."""

@@ -98,9 +98,9 @@ class BudgetStore:
         """Give the positions of the absent keys."""
         return self._store.missing(keys)
 
-    def gather(self, rows: torch.Tensor) -> Any:
-        """Read rows ``(B,)``."""
-        return self._store.gather(rows)
+    def gather(self, rows: torch.Tensor, device: torch.device | None = None) -> Any:
+        """Read rows ``(B,)``, to a device if one is given."""
+        return self._store.gather(rows, device)
 
     def get_many(self, keys: KeyArray) -> Found:
         """Give the hits only."""

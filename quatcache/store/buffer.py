@@ -14,6 +14,7 @@ import torch
 from quatcache.errors import EncoderOutputError
 from quatcache.sequences import PaddedSequences
 from quatcache.store.protocol import Values
+from quatcache.store.transfer import take_to
 
 __all__ = ["RowBuffer", "as_rows"]
 
@@ -151,12 +152,16 @@ class RowBuffer:
         assert self._rows is not None
         self._rows.index_copy_(0, numbers.to(self.device), rows.to(self._rows))
 
-    def gather(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Read rows ``(B,)`` into a new tensor ``(B, *row_shape)`` on the device of the buffer, as they were given."""
+    def gather(self, numbers: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+        """Read rows ``(B,)`` into a new tensor ``(B, *row_shape)``, as they were given.
+
+        Args:
+            numbers: On any device.
+            device: Of the answer; None: that of the buffer.
+        """
         if self._rows is None:
-            return torch.empty(0, device=self.device)
-        taken = self._rows.index_select(0, numbers.to(self.device, non_blocking=True))
-        return taken if taken.dtype == self.given_dtype else taken.to(self.given_dtype)
+            return torch.empty(0, device=device or self.device)
+        return take_to(self._rows, numbers, self.given_dtype, device)
 
     def clear(self) -> None:
         """Forget all rows, and keep the memory for the next ones."""

@@ -31,7 +31,7 @@ from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
 from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
-from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, gather, new_buffer, room_for, row_shape_of, take
+from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, read_rows, room_for, row_shape_of, touch
 from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
 from quatcache.store.tensor import TensorStore
 
@@ -204,25 +204,22 @@ class DiskStore:
         """Give the positions of the absent keys."""
         return np.flatnonzero(self.rows_of(keys) < 0)
 
-    def gather(self, rows: torch.Tensor) -> Any:
-        """Read rows ``(B,)`` on the CPU, in the encoder's dtype.
+    def gather(self, rows: torch.Tensor, device: torch.device | None = None) -> Any:
+        """Read rows ``(B,)`` in the encoder's dtype.
+
+        Args:
+            rows: int64, none negative.
+            device: Of the answer; None: the CPU.
 
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
         """
-        rows = rows.cpu()
-        starts = [*self._starts, self._committed]
         places = [*self._shards, self._pending.rows] if self._pending_keys else self._shards
-        if not places:
-            return torch.empty(0, dtype=self.given_dtype)
-        if not len(rows) or (len(self._shards) == 1 and self._committed > int(rows.max())):
-            return gather(places[0], rows, self.given_dtype)
-        which = torch.bucketize(rows, torch.tensor(starts[1:]), right=True)
-        parts = []
-        for place in torch.unique(which).tolist():
-            positions = (which == place).nonzero().reshape(-1)
-            parts.append(Found(positions.numpy(), take(places[place], rows[positions] - starts[place])))
-        return self.assemble(len(rows), parts)
+        return read_rows(places, [*self._starts, self._committed], rows.cpu(), self.given_dtype, device)
+
+    def touch(self, rows: torch.Tensor) -> None:
+        """Bring the pages of rows ``(B,)`` into memory; a thread may do it beside one that puts and gathers rows."""
+        touch(self._shards[:], self._starts[:], rows)
 
     def get_many(self, keys: KeyArray) -> Found:
         """Give the hits only."""

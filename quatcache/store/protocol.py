@@ -88,8 +88,12 @@ class RowStore(Store[KeyArray, Values], Protocol):
         """Give the row number of each key, -1 where it is absent. Numbers stay valid while the store is open."""
         ...
 
-    def gather(self, rows: torch.Tensor) -> Any:
+    def gather(self, rows: torch.Tensor, device: torch.device | None = None) -> Any:
         """Read rows ``(B,)`` int64, none negative, in the encoder's dtype.
+
+        Args:
+            rows: Their numbers.
+            device: Where they are needed; they travel in the storage dtype. None: where the store answers.
 
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.

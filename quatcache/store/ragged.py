@@ -17,6 +17,7 @@ from quatcache.errors import EncoderOutputError
 from quatcache.sequences import PaddedSequences
 from quatcache.store.buffer import RowBuffer
 from quatcache.store.protocol import RowShape, Values
+from quatcache.store.transfer import send, touch_pages
 
 __all__ = ["RaggedBuffer", "RaggedRows", "offsets_of"]
 
@@ -111,21 +112,33 @@ class RaggedRows:
         packed = self.packed()
         return RaggedRows.between(packed.values.to(device), packed.offsets.to(device))
 
-    def padded(self, dtype: torch.dtype | None = None) -> PaddedSequences:
+    def padded(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PaddedSequences:
         """Copy the sequences into one batch, padded with zeros on the right to the longest of them.
 
         Args:
             dtype: Of the values; None: as they are.
+            device: Of the batch; None: where the sequences are.
         """
-        lengths = self.lengths
-        longest = int(lengths.max()) if len(lengths) else 0
-        steps = torch.arange(longest, device=self.device)
-        mask = steps < lengths[:, None]
-        elements = self.values.index_select(0, (self.starts[:, None] + steps)[mask])
+        if device is not None and device != self.device:
+            there = send(self.padded(), device)  # in the storage dtype
+            return there if dtype is None else there.to(dtype)
+        places, mask = self._places()
+        elements = self.values.index_select(0, places)
         shape = self.values.shape[1:]
-        values = torch.zeros((len(self) * longest, *shape), dtype=dtype or self.dtype, device=self.device)
+        values = torch.zeros((mask.numel(), *shape), dtype=dtype or self.dtype, device=self.device)
         values.index_copy_(0, mask.reshape(-1).nonzero().reshape(-1), elements.to(values.dtype))
-        return PaddedSequences(values.reshape(len(self), longest, *shape), mask)
+        return PaddedSequences(values.reshape(*mask.shape, *shape), mask)
+
+    def touch(self) -> None:
+        """Read a value from every page of the elements; see :func:`~quatcache.store.transfer.touch_pages`."""
+        touch_pages(self.values, self._places()[0])
+
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the places of all elements, and the mask of the sequences once they are padded."""
+        lengths = self.lengths
+        steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=self.device)
+        mask = steps < lengths[:, None]
+        return (self.starts[:, None] + steps)[mask], mask
 
 
 def offsets_of(lengths: torch.Tensor) -> torch.Tensor:
@@ -225,9 +238,9 @@ class RaggedBuffer:
         self._elements.append(packed.values)
         return packed.starts + used, packed.ends + used
 
-    def gather(self, numbers: torch.Tensor) -> PaddedSequences:
-        """Read sequences ``(B,)`` into a new batch on the device of the buffer, as they were given."""
-        return self.rows[numbers.to(self.device, non_blocking=True)].padded(self.given_dtype)
+    def gather(self, numbers: torch.Tensor, device: torch.device | None = None) -> PaddedSequences:
+        """Read sequences ``(B,)`` into a new batch, as they were given; arguments as for :class:`RowBuffer`."""
+        return self.rows[send(numbers, self.device)].padded(self.given_dtype, device)
 
     def clear(self) -> None:
         """Forget all sequences, and keep the memory for the next ones."""

@@ -101,13 +101,17 @@ class TensorStore:
         """Give the positions of the absent keys."""
         return np.flatnonzero(self.rows_of(keys) < 0)
 
-    def gather(self, rows: torch.Tensor) -> Any:
-        """Read rows ``(B,)`` on the store's device, in the encoder's dtype.
+    def gather(self, rows: torch.Tensor, device: torch.device | None = None) -> Any:
+        """Read rows ``(B,)`` in the encoder's dtype.
+
+        Args:
+            rows: int64, none negative.
+            device: Of the answer; None: that of the store.
 
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
         """
-        return self._buffer.gather(rows)
+        return self._buffer.gather(rows, device)
 
     def get_many(self, keys: KeyArray) -> Found:
         """Give the hits only."""

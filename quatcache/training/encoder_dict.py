@@ -42,6 +42,13 @@ class EncoderDict(nn.ModuleDict):
             for name, module in self.items()
         }
 
+    def at_hand(self) -> dict[str, Encoder]:
+        """Give the encoders themselves on the device of the model, to encode with them."""
+        for module in self.values():
+            if isinstance(module, CachedEncoder):
+                module.at_hand()
+        return self.real()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Collect what modules do, and take the frozen encoders out again."""
         prefix = kwargs.get("prefix", "")

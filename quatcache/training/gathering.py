@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
-from quatcache.data.batches import Batch
-from quatcache.store import Found, RowStore
+from quatcache.data.batches import Batch, CachedColumns
+from quatcache.store import DiskStore, Found, RowStore, TensorStore
+from quatcache.store.transfer import send
 from quatcache.training.meeting import UNMET, Answer, Unmet
+from quatcache.training.prefetch import PageReader
 
 __all__ = ["DRAWN", "Drawn", "RowGatherer", "batches_in"]
 
@@ -54,6 +57,7 @@ class RowGatherer:
 
     Attributes:
         stores: Where the rows of each cached encoder are.
+        device: Where rows are brought: that of the model, if it is a GPU. None: Lightning moves them, if need be.
         served: Rows given so far, by encoder, less those that were encoded for it and not kept.
         aside: Whether loaders must read samples instead.
     """
@@ -63,8 +67,48 @@ class RowGatherer:
         self.look = look
         self._answer = answer
         self.stores: dict[str, RowStore] = {}
+        self.device: torch.device | None = None
         self.served: Counter[str] = Counter()
         self.aside = False
+        self._there: WeakKeyDictionary[CachedColumns, CachedColumns] = WeakKeyDictionary()
+        self._pages: WeakSet[PageReader] = WeakSet()
+
+    @property
+    def resident(self) -> torch.device | None:
+        """The GPU that trains if it has all rows, so that a step need copy nothing; else None."""
+        stores = self.stores.values()
+        there = all(isinstance(store, TensorStore) and store.device == self.device for store in stores)
+        return self.device if stores and there else None
+
+    def columns_on(self, device: torch.device, columns: CachedColumns) -> CachedColumns:
+        """Give the columns of a dataset on a device, to which they are copied once."""
+        if columns not in self._there:
+            self._there[columns] = columns.to(device)
+        return self._there[columns]
+
+    def pages(self, read: Callable[[torch.Tensor], Batch]) -> PageReader:
+        """Give what reads ahead in memory maps, if rows are in any; it is closed with the gatherer, too.
+
+        Args:
+            read: Gives the row numbers of the batch of some indices.
+        """
+
+        def touch(indices: torch.Tensor) -> None:
+            numbers: dict[str, Any] = read(indices).inputs
+            for name, store in on_disk.items():
+                store.touch(numbers[name])
+
+        on_disk = {name: store for name, store in self.stores.items() if isinstance(store, DiskStore)}
+        pages = PageReader(touch if on_disk else None)
+        self._pages.add(pages)
+        return pages
+
+    def let_go(self) -> None:
+        """End what reads ahead, and give the memory of the rows back: nothing is gathered any more."""
+        for pages in list(self._pages):
+            pages.close()
+        self._there.clear()
+        self.stores.clear()
 
     def __call__(self, batch: Batch, drawn: Drawn) -> Batch:
         """Gather the rows of one batch."""
@@ -74,16 +118,18 @@ class RowGatherer:
         for name, store in self.stores.items():
             numbers: Any = inputs.get(name)
             if unmet is None:
-                inputs[name] = store.gather(numbers)
+                inputs[name] = store.gather(numbers, self.device)
                 self.served[name] += len(numbers)
                 continue
             rows, lost = answers[name]
-            if numbers is None:  # of a stream: all of its samples were asked for
-                inputs[name] = rows
-            else:
-                inputs[name] = _merged(store, numbers, unmet.positions, rows)
-            self.served[name] += len(inputs[name]) - lost
-        return Batch(inputs, batch.targets)
+            if numbers is not None:  # else of a stream: all of its samples were asked for
+                rows = _merged(store, numbers, unmet.positions, rows)
+            inputs[name] = send(rows, self.device)
+            self.served[name] += len(rows) - lost
+        return Batch(inputs, tuple(self._sent(target) for target in batch.targets))
+
+    def _sent(self, target: Any) -> Any:
+        return send(target, self.device) if isinstance(target, torch.Tensor) else target
 
 
 def _merged(store: RowStore, numbers: torch.Tensor, unmet: torch.Tensor, answer: Any) -> Any:

@@ -10,10 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
 from quatcache.data.batches import INDICES, Batch, BatchReader
 from quatcache.training.gathering import Drawn, RowGatherer
+from quatcache.training.index_batches import IndexBatch, IndexBatches
 
 __all__ = ["Aside", "GatheringLoader", "MemoryLoader", "as_it_is"]
 
@@ -81,39 +82,11 @@ class GatheringLoader(DataLoader[Any]):
         return batch.inputs.pop(INDICES)
 
 
-def _index_batches(batches: Any) -> Iterator[Any]:
-    """Iterate over a batch sampler; in index tensors where that gives the same indices and draws the same numbers."""
-    sampler = getattr(batches, "sampler", None)
-    if type(batches) is BatchSampler and type(sampler) is SequentialSampler:
-        return _tensor_batches(batches, lambda size: torch.arange(size), len(sampler), None)
-    if type(batches) is BatchSampler and type(sampler) is RandomSampler and not sampler.replacement:
-        size = len(sampler.data_source)
-        if sampler.num_samples == size:
-            return _tensor_batches(batches, None, size, sampler)
-    return iter(batches)
-
-
-def _tensor_batches(
-    batches: BatchSampler, order: Callable[[int], torch.Tensor] | None, size: int, sampler: RandomSampler | None
-) -> Iterator[torch.Tensor]:
-    generator = None
-    if sampler is not None:  # what RandomSampler.__iter__ does, less a Python number per index
-        generator = sampler.generator
-        if generator is None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-    positions = torch.randperm(size, generator=generator) if order is None else order(size)
-    whole = size - size % batches.batch_size
-    if whole:  # an empty tensor splits into one empty part
-        yield from torch.split(positions[:whole], batches.batch_size)
-    if sampler is not None:  # it draws once more when it is asked for an index past its last
-        torch.randperm(size, generator=generator)
-    if whole < size and not batches.drop_last:
-        yield positions[whole:]
-
-
 class MemoryLoader(DataLoader[Any]):
     """A loader whose batches are index operations, with no workers and no fetcher in between.
+
+    Where a GPU has all rows, it has their numbers and the labels too, and gets the order of an epoch once: what happens
+    in a step then happens there.
 
     A ``DataLoader`` draws a base seed for its workers from the generator, once an epoch or once for ever with
     persistent workers, and workers pull batches from the sampler ahead of time. Where a sampler or a model draws from
@@ -154,24 +127,32 @@ class MemoryLoader(DataLoader[Any]):
         self.gather.look()
         if self.gather.aside:
             return self.aside.epoch(self)
-        indices = _index_batches(self.batch_sampler)
+        device, reader = self.gather.resident, self.dataset
+        if device is not None:
+            reader = reader.with_columns(self.gather.columns_on(device, reader.columns))  # type: ignore[attr-defined]
+        indices = IndexBatches(self.batch_sampler, len(self.dataset), device)  # type: ignore[arg-type]
         if not (self.seeds_once and self.seeded):
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)
             self.seeded = True
-        waiting: deque[Sequence[int]] = deque(islice(indices, self.ahead))
-        return self._batches(indices, waiting)
+        waiting = deque(islice(indices, self.ahead))
+        return self._batches(reader, indices, waiting)
 
-    def _batches(self, indices: Iterator[Sequence[int]], waiting: deque[Sequence[int]]) -> Iterator[Batch]:
+    def _batches(self, reader: Any, indices: IndexBatches, waiting: deque[IndexBatch]) -> Iterator[Batch]:
+        with self.gather.pages(reader.__getitems__) as pages:
+            for begun, batch in enumerate(self._pulled(indices, waiting), 1):
+                pages.read_ahead(indices.known, begun)
+                yield self._serve(reader, batch)
+
+    def _pulled(self, indices: IndexBatches, waiting: deque[IndexBatch]) -> Iterator[IndexBatch]:
         if not self.ahead:
-            for batch in indices:
-                yield self._serve(batch)
+            yield from indices
         while waiting:
             batch = waiting.popleft()
             waiting.extend(islice(indices, 1))
-            yield self._serve(batch)
+            yield batch
 
-    def _serve(self, indices: Sequence[int]) -> Batch:
-        drawn = Drawn(self.aside.batch, indices)
+    def _serve(self, reader: Any, batch: IndexBatch) -> Batch:
+        drawn = Drawn(self.aside.batch, batch.drawn)
         if self.gather.aside:
             return drawn.batch()
-        return self.gather(self.dataset.__getitems__(indices), drawn)  # type: ignore[attr-defined]
+        return self.gather(reader.__getitems__(batch.where), drawn)

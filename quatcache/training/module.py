@@ -203,7 +203,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
 
     def servable(self) -> ServableModel:
         """Give what serves: the real encoders and the head, shared with this model."""
-        return ServableModel(self.encoders.real(), self.head)
+        return ServableModel(self.encoders.at_hand(), self.head)
 
     def save_servable(self, path: str | os.PathLike[str]) -> None:
         """Write encoders and head as safetensors and JSON; :meth:`ServableModel.load` reads them."""

@@ -33,7 +33,7 @@ class Placement(NamedTuple):
 
 
 def place_rows(
-    name: str, store: RowStore, asked: CacheType, device: torch.device, *, memory_map: bool = True
+    name: str, store: RowStore, asked: CacheType, device: torch.device, *, memory_map: bool = True, ranks: int = 1
 ) -> Placement:
     """Bring the rows of one encoder to the tier that was asked for.
 
@@ -43,13 +43,14 @@ def place_rows(
         asked: A tier; AUTO picks the fastest that has room.
         device: The device that trains.
         memory_map: Whether files may be mapped: without, AUTO has no tier DISK.
+        ranks: Processes on this machine that place the same rows, each for a device of its own.
 
     Raises:
         ConfigError: Tier DISK for rows that are only in memory, or a tier without room for the rows.
     """
     tier, reason = asked, ""
     if asked is CacheType.AUTO:
-        tier, reason = pick_tier(store.nbytes, device, disk=isinstance(store, DiskStore) and memory_map)
+        tier, reason = pick_tier(store.nbytes, device, disk=isinstance(store, DiskStore) and memory_map, ranks=ranks)
     if tier is CacheType.GPU:
         target = device if device.type == "cuda" else torch.device("cuda")
         if asked is CacheType.GPU:
@@ -63,7 +64,7 @@ def place_rows(
             )
         return Placement(store, tier, reason)
     if asked is CacheType.CPU and isinstance(store, DiskStore) and memory_map:  # else they are in memory already
-        _require(name, store, tier, free_memory() - RESERVE)
+        _require(name, store, tier, free_memory() // ranks - RESERVE)
     return Placement(_in_memory(store, torch.device("cpu")), tier, reason)
 
 
@@ -72,13 +73,14 @@ def where_rows_come(store: RowStore) -> Placement:
     return Placement(store, CacheType.DISK if isinstance(store, DiskStore) else CacheType.CPU, "")
 
 
-def pick_tier(nbytes: int, device: torch.device, *, disk: bool) -> tuple[CacheType, str]:
+def pick_tier(nbytes: int, device: torch.device, *, disk: bool, ranks: int = 1) -> tuple[CacheType, str]:
     """Pick the fastest tier with room.
 
     Args:
         nbytes: Size of the rows.
         device: The device that trains.
         disk: Whether the rows can be trained from their files.
+        ranks: Processes that share the main memory of this machine, each with a copy of the rows.
 
     Returns:
         The tier, and why, for people.
@@ -94,7 +96,7 @@ def pick_tier(nbytes: int, device: torch.device, *, disk: bool) -> tuple[CacheTy
         if nbytes <= SHARE_OF_FREE_MEMORY * free:
             return CacheType.GPU, f"{size} of {readable_size(free)} free on the GPU"
         why = f"{size} is too much of the {readable_size(free)} free on the GPU, "
-    free = free_memory()
+    free = free_memory() // ranks
     if nbytes <= SHARE_OF_FREE_MEMORY * free:
         return CacheType.CPU, f"{why}{size} of {readable_size(free)} free in main memory"
     too_much = f"{why}{size} is too much of the {readable_size(free)} free in main memory"

@@ -35,6 +35,7 @@ class RunEncoders:
         names: Those that are cached.
         directory: Where rows persist; None: nowhere.
         check: Called before items are encoded; sees that encoders are still those that made the rows.
+        recall: Called before items are encoded; brings encoders to the device of the module.
 
     Attributes:
         fills: The encoders that are cached, once they were opened.
@@ -50,6 +51,7 @@ class RunEncoders:
         names: Sequence[str],
         directory: CacheDirectory | None,
         check: Callable[[], None],
+        recall: Callable[[], None] = lambda: None,
     ) -> None:
         """Open nothing yet."""
         self.fills: dict[str, EncoderFill] = {}
@@ -61,6 +63,7 @@ class RunEncoders:
         self._names = names
         self._directory = directory
         self._check = check
+        self._recall = recall
         self._frozen: dict[str, FrozenEncoder] = {}
         self._identities: dict[str, Identity] = {}
 
@@ -148,6 +151,7 @@ class RunEncoders:
 
     def _frozen_encoder(self, name: str) -> FrozenEncoder:
         """Make the real encoder ready, the first time that an item must be encoded."""
+        self._recall()
         if name not in self._frozen:
             precision, device = self._trainer.precision_plugin, self._module.device
             self._frozen[name] = FrozenEncoder(

@@ -42,6 +42,7 @@ class RunFill:
         read_sample: Takes a sample apart.
         report: Told what was done.
         check: Called before items are encoded; sees that encoders are still those that made the rows.
+        recall: Called before items are encoded; brings encoders to the device of the module.
 
     Attributes:
         encoders: The encoders that are cached, once the first dataset was indexed.
@@ -58,6 +59,7 @@ class RunFill:
         read_sample: Callable[[Any], Any],
         report: CacheReport,
         check: Callable[[], None],
+        recall: Callable[[], None] = lambda: None,
     ) -> None:
         """Name the directory; nothing is read or made."""
         self.directory: CacheDirectory | None = None
@@ -65,7 +67,7 @@ class RunFill:
         path = self._ranks.temporary if config.save_dir is None else config.save_dir
         if path is not None:
             self.directory = CacheDirectory(path, verify_checksums=config.checksums, memory_map=config.memory_map)
-        self._opened = RunEncoders(trainer, module, config, real, names, self.directory, check)
+        self._opened = RunEncoders(trainer, module, config, real, names, self.directory, check, recall)
         self.encoders: dict[str, EncoderFill] = self._opened.fills
         self._trainer = trainer
         self._config = config

@@ -20,8 +20,10 @@ from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
 from quatcache.errors import NotFrozenError
+from quatcache.store.transfer import fetches
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
+from quatcache.training.encoder_moves import EncoderMoves
 from quatcache.training.extent import takes_little
 from quatcache.training.gathering import RowGatherer
 from quatcache.training.gathering_loaders import MemoryLoader
@@ -77,8 +79,10 @@ class CacheSession:
             for name, encoder in sorted(self._real.items())
             if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
         ]
+        self._moves = EncoderMoves(trainer, module, {name: self._real[name] for name in self._cached})
+        recall = self._moves.recall
         self._fill = RunFill(
-            trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check
+            trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check, recall
         )
         self._meetings = Meetings(self._fill.encoders, self._config.batch_size)
         self._columns: dict[int, CachedColumns] = {}
@@ -87,6 +91,7 @@ class CacheSession:
         self._met: dict[int, MetSamples] = {}
         self._placed: dict[str, Placement] = {}
         self._choices: list[ViewChoice] = []
+        self._finished = False
         self.sources = LoaderSources(trainer, self._convert)
         leave_to_ranks(module, self._real)
         self._quiet: list[Any] = []
@@ -215,6 +220,7 @@ class CacheSession:
         )
         self._gather.aside = True
         self._fill.flush()  # while the encoder is what it was
+        self._let_go()
         self._put_back()
         replace_rows(batch, self._trainer)
 
@@ -279,16 +285,20 @@ class CacheSession:
         for key, fill in fills.items():
             self._columns[key] = fill.columns()
         coming = bool(self._met) or not self._columns
+        device, ranks = self._module.device, self._trainer.num_devices
+        self._gather.device = device if fetches(device) else None
+        if not (coming or self._finished or any(encoder.declines for encoder in self._fill.encoders.values())):
+            self._moves.leave()  # before rows are placed: they may take the room
         placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
         for name, encoder in self._fill.encoders.items():
             asked = self._config.tier_of(name)
             place = id(encoder.store), asked
             if place not in placed:
-                device, memory_map = self._module.device, self._config.memory_map
+                memory_map = self._config.memory_map
                 placed[place] = (
                     where_rows_come(encoder.store)
-                    if coming or encoder.declines
-                    else place_rows(name, encoder.store, asked, device, memory_map=memory_map)
+                    if coming or encoder.declines or self._finished
+                    else place_rows(name, encoder.store, asked, device, memory_map=memory_map, ranks=ranks)
                 )
             self._gather.stores[name] = placed[place].store
             self._placed[name] = placed[place]
@@ -305,10 +315,11 @@ class CacheSession:
     def _swap(self) -> None:
         for name in self._cached:
             if not isinstance(self._encoders[name], CachedEncoder):
-                self._encoders[name] = CachedEncoder(self._real[name])
+                self._encoders[name] = CachedEncoder(self._real[name], self._moves)
 
     def finish(self) -> None:
         """Commit the rows that were cached as they were met, and bring the report up to date."""
+        self._finished = True
         for key in list(self._met):
             self._settle_if_met(key)
         self._fill.close()
@@ -324,11 +335,19 @@ class CacheSession:
         for entry in self._quiet:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
+        self._let_go()
         self._put_back()
         self.finish()
         self._fill.leave()
 
+    def _let_go(self) -> None:
+        """Give the memory of placed rows back, which the encoders may need."""
+        self._gather.let_go()
+        for name, placement in self._placed.items():
+            self._placed[name] = placement._replace(store=self._fill.encoders[name].store)
+
     def _put_back(self) -> None:
+        self._moves.end()
         for name in self._cached:
             if isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = self._real[name].to(self._module.device)

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from xxhash import xxh3_64_intdigest
 
-from quatcache.data.batches import INDICES, Batch, BatchReader
+from quatcache.data.batches import INDICES, Batch, BatchReader, CachedColumns
 from quatcache.errors import ConfigError, KeyTypeError
 from quatcache.training.keying import ChunkReader, KeyScheme
 from quatcache.training.verify import reread
@@ -162,6 +162,15 @@ class ViewReader(Dataset[Any]):
     def plain(self) -> BatchReader:
         """What reads batches whose rows are all there."""
         return self.inner.plain  # type: ignore[no-any-return]
+
+    @property
+    def columns(self) -> CachedColumns | None:
+        """What is cached of the dataset in views."""
+        return self.inner.columns  # type: ignore[no-any-return]
+
+    def with_columns(self, columns: CachedColumns) -> ViewReader:
+        """Give the same reader over other columns."""
+        return self.over(self.inner.with_columns(columns))
 
     def over(self, inner: Any) -> ViewReader:
         """Read with another reader."""
