@@ -72,8 +72,7 @@ def take_to(
     else:
         taken = torch.empty((len(numbers), *rows.shape[1:]), dtype=rows.dtype, pin_memory=True)
         torch.index_select(rows, 0, numbers, out=taken)
-    if device is not None and taken.device != device:
-        taken = taken.to(device, non_blocking=taken.device.type == "cpu" and fetches(device))
+    taken = send(taken, device)
     return taken if dtype is None else taken.to(dtype)
 
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from quatcache.encoders import Encoder
 from quatcache.encoders.weights import FOREIGN_STATE, package_of
-from quatcache.training.guards import encoders_of
 from quatcache.training.lightning import LightningModule, Trainer, pl
 from quatcache.training.memory import RESERVE, free_memory
 from quatcache.units import readable_size
@@ -51,14 +50,22 @@ class EncoderMoves:
     Args:
         trainer: The trainer of the run.
         module: Encoders return to the device where it is then.
-        encoders: The cached ones by name, and nothing of the run: the real ones.
+        encoders: Those that are cached, by name: the real ones.
+        present: The encoders of the module, or what stands in for them.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, encoders: Mapping[str, Encoder]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        encoders: Mapping[str, Encoder],
+        present: Mapping[str, nn.Module],
+    ) -> None:
         """Move nothing yet."""
         self._trainer = trainer
         self._module = module
         self._encoders = encoders
+        self._present = present
         self._away: dict[str, Encoder] = {}
         self._over = False
 
@@ -121,7 +128,7 @@ class EncoderMoves:
         leaving = {name: encoder for name, encoder in self._encoders.items() if _is_movable(encoder, home)}
         while True:  # what is tied to one that stays, stays as well
             apart = {id(encoder) for encoder in leaving.values()}
-            apart |= {id(encoders_of(self._module)[name]) for name in leaving}  # what stands in for them
+            apart |= {id(self._present[name]) for name in leaving}
             staying = {_place(tensor) for tensor in _tensors(self._module, apart)}
             tied = [name for name in leaving if not staying.isdisjoint(map(_place, _tensors(leaving[name])))]
             if not tied:

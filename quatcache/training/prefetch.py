@@ -93,6 +93,8 @@ class PageReader(AbstractContextManager["PageReader"]):
                     self._threads = ThreadPoolExecutor(AHEAD, thread_name_prefix="quatcache-pages")
                 self._threads.submit(self._read, batches[number], number)
         self._next = stop
+        if self._threads is not None and stop == len(batches):  # whoever iterates may not come back after the last one
+            self._threads.shutdown(wait=False)
 
     def _read(self, indices: torch.Tensor, number: int) -> None:
         if number < self._begun:  # the step was faster

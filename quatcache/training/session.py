@@ -79,7 +79,8 @@ class CacheSession:
             for name, encoder in sorted(self._real.items())
             if not encoder.trainable and self._config.tier_of(name) is not CacheType.NONE
         ]
-        self._moves = EncoderMoves(trainer, module, {name: self._real[name] for name in self._cached})
+        cached = {name: self._real[name] for name in self._cached}
+        self._moves = EncoderMoves(trainer, module, cached, self._encoders)
         recall = self._moves.recall
         self._fill = RunFill(
             trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check, recall
@@ -97,7 +98,7 @@ class CacheSession:
         self._quiet: list[Any] = []
         self._gather = RowGatherer(self.look, self._meetings.answer)
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
-        self.guard = FrozenGuard({name: self._real[name] for name in self._cached})
+        self.guard = FrozenGuard(cached)
         if self._cached:
             refuse_transfer_hooks(module, trainer)
 
@@ -287,7 +288,7 @@ class CacheSession:
         coming = bool(self._met) or not self._columns
         device, ranks = self._module.device, self._trainer.num_devices
         self._gather.device = device if fetches(device) else None
-        if not (coming or self._finished or any(encoder.declines for encoder in self._fill.encoders.values())):
+        if not (coming or self._finished) and all(columns.complete for columns in self._columns.values()):
             self._moves.leave()  # before rows are placed: they may take the room
         placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
         for name, encoder in self._fill.encoders.items():
