@@ -147,7 +147,8 @@ def test_a_miss_in_a_step_calls_the_encoder_back_for_the_rest_of_the_run(events)
         models.append(Model({"default": Moving(events=events)}, cache))
         fit(models[-1], loader(Texts(texts(40))), loader(Stream()), num_sanity_val_steps=0)
     assert same_run(*models)
-    assert [event for event in events if event != "placed"] == ["encoded", "left", "returned", "encoded"]
+    happened = [event for event in events if event != "placed"]
+    assert happened[:4] == ["encoded", "left", "returned", "encoded"] and events.count("left") == 1
 
 
 @pytest.mark.parametrize("config", [{"fill": "lazy"}, {"max_size": "300B"}], ids=["lazy", "budget"])

@@ -15,7 +15,7 @@ from quatcache import CacheConfig, CacheType, Encoder
 from quatcache.keys import content_keys
 from quatcache.store import DiskStore, TensorStore
 from quatcache.training.placement import place_rows
-from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts
+from tests.fits import Failing, HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts
 from tests.training.test_unfreezing import Thawable, ThawsAtStep, trained
 
 pytestmark = [
@@ -211,13 +211,13 @@ def test_rows_arrive_on_the_gpu_as_they_are_in_main_memory(kind, dtype, tmp_path
 
 
 class Large(Encoder):
-    """64 MiB of frozen weights."""
+    """256 MiB of frozen weights: cuBLAS alone takes up to 32 MiB for itself."""
 
     trainable = False
     embedding_size = 16
 
     def __init__(self):
-        weight = torch.randn(16 * MIB // 16, 16, generator=torch.Generator().manual_seed(0))
+        weight = torch.randn(4 * MIB, 16, generator=torch.Generator().manual_seed(0))
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def collate(self, items):
@@ -257,26 +257,17 @@ def test_encoder_leaves_after_the_fill_and_is_back_at_the_end(tier, tmp_path):
     before, room, encoder = torch.cuda.memory_allocated(), Room(), AtEnd()
     parameter = encoder.weight
     model = run(CacheConfig(tier, save_dir=tmp_path), encoders={"default": encoder}, callbacks=[room])
-    assert max(room.taken) - before < 32 * MIB
+    assert max(room.taken) - before < 128 * MIB
     assert set(room.at) == {"cpu"}
-    assert encoder._asked[-2:] == ["cpu", "cuda"]  # then the strategy brings the whole model into main memory
+    assert encoder._asked[0] == "cpu" and set(encoder._asked[1:]) == {"cuda"}  # the strategy moves the model as a whole
     assert model.encoders["default"] is encoder and encoder.weight is parameter
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), None])
-def test_encoder_is_back_after_an_error(error):
-    class Fails(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 1 and error is not None:
-                raise error
-
+def test_encoder_is_back_after_an_error():
     encoder = AtEnd()
-    if error is None:
-        run(CacheConfig("gpu"), encoders={"default": encoder})
-    else:
-        with pytest.raises(RuntimeError, match="boom"):
-            run(CacheConfig("gpu"), encoders={"default": encoder}, callbacks=[Fails()])
-    assert encoder._asked[-2:] == ["cpu", "cuda"]
+    with pytest.raises(RuntimeError, match="boom"):
+        run(CacheConfig("gpu"), encoders={"default": encoder}, callbacks=[Failing(RuntimeError("boom"))])
+    assert encoder._asked[0] == "cpu" and set(encoder._asked[1:]) == {"cuda"}
 
 
 class Stream(IterableDataset):
@@ -311,7 +302,7 @@ def test_unfreezing_goes_on_with_the_encoder_on_the_gpu(tier, step, tmp_path):
         run(cache, encoders={"default": Thawable()}, callbacks=[ThawsAtStep(step)])
         for cache in (None, CacheConfig(tier, save_dir=tmp_path))
     ]
-    assert runs[1].train_losses == pytest.approx(runs[0].train_losses, rel=1e-5)  # its gradient is summed atomically
+    assert runs[1].train_losses == pytest.approx(runs[0].train_losses, rel=1e-5)
     assert torch.allclose(trained(runs[1]), trained(runs[0]), atol=1e-5)
 
 
@@ -339,7 +330,7 @@ def test_the_second_gpu_is_used_as_the_first_is(tier, tmp_path):
     before = torch.cuda.memory_allocated(0)
     config = CacheConfig(tier, save_dir=tmp_path)
     model = run(config, devices=[1])
-    assert torch.cuda.memory_allocated(0) == before
+    assert torch.cuda.memory_allocated(0) <= before
     assert same_run(run(None, devices=[1]), model)
 
 
