@@ -22,10 +22,7 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
-    "is_attached",
     "isolate_rng",
-    "loggers_are_due",
-    "looks_between_steps",
     "pl",
 ]
 
@@ -68,31 +65,3 @@ else:
 def cli_module() -> Any:
     """Import Lightning's command-line module from the distribution that is bound."""
     return import_module(f"{pl.__name__}.cli")
-
-
-def is_attached(module: LightningModule) -> bool:
-    """Say whether a module belongs to a trainer, so that its steps may ask for it."""
-    return getattr(module, "_trainer", None) is not None
-
-
-def loggers_are_due(trainer: Trainer) -> bool:
-    """Say, in a training step, whether its metrics go to the loggers."""
-    return bool(trainer._logger_connector.should_update_logs)
-
-
-def looks_between_steps(trainer: Trainer, batch_idx: int) -> bool:
-    """Say, in a training step, whether a validation or the end of training may follow it.
-
-    Args:
-        trainer: The trainer.
-        batch_idx: Of the step within its epoch.
-    """
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
-        return True
-    if trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps:
-        return True
-    every: Any = trainer.val_check_batch
-    if every in (None, float("inf")):
-        return False
-    seen: int = trainer.fit_loop.epoch_loop.total_batch_idx
-    return bool((batch_idx + 1) % every == 0 or (seen + 1) % every == 0)

@@ -16,15 +16,8 @@ from typing import Any
 
 import torch
 
-from quatcache.training.lightning import (
-    LIGHTNING_PACKAGES,
-    Callback,
-    LightningModule,
-    Trainer,
-    is_attached,
-    loggers_are_due,
-    looks_between_steps,
-)
+from quatcache.training.internals import acts_on_steps, is_attached, loggers_are_due, looks_between_steps
+from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer
 
 __all__ = ["LossLog"]
 
@@ -147,15 +140,10 @@ def _watched(trainer: Trainer, module: LightningModule) -> bool:
         return True
     if any(_is_foreign(module, LightningModule, hook) for hook in _HOOKS_OF_STEPS):
         return True
-    return any(_watches(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _watches(callback: Callback) -> bool:
-    if any(_is_foreign(callback, Callback, hook) for hook in _HOOKS_OF_STEPS):
-        return True
-    # of Lightning's own, these act on the loss of a step, or end the run after any of them
-    by_steps = getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None)
-    return bool(by_steps) or type(callback).__name__ == "Timer"
+    return any(
+        acts_on_steps(callback) or any(_is_foreign(callback, Callback, hook) for hook in _HOOKS_OF_STEPS)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
 
 
 def _is_foreign(owner: object, base: type, hook: str) -> bool:
