@@ -13,9 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -370,26 +369,20 @@ class DiskStore:
 
     def mark_verified(self, environment: Mapping[str, str]) -> None:
         """Record that the encoder gives the rows that are here in another environment too, where that is permitted."""
-        with suppress(StoreError), self._changing() as current:
-            if environment not in (current.environment, *current.verified):
-                self.manifest = replace(current, verified=(*current.verified, dict(environment)))
+        self._note(lambda manifest: manifest.with_environment(environment))
 
     def mark_encoded(self, rows: int, seconds: float) -> None:
         """Record how long encoding took, where that is permitted: a later run tells by it what it saved."""
-        with suppress(StoreError), self._changing() as current:
-            known = current.effort
-            self.manifest = replace(current, effort=(known[0] + rows, known[1] + seconds))
+        self._note(lambda manifest: manifest.with_effort(rows, seconds))
 
-    @contextmanager
-    def _changing(self) -> Iterator[Manifest]:
-        """Hold the lock of the manifest, and write what became of it, if anything did."""
-        self.settle()
-        with locked(self.directory / MANIFEST_LOCK):
-            current = sure_manifest(self.directory, self.manifest)
-            self.manifest = current
-            yield current
-            if self.manifest is not current:
-                self.manifest.write(self.directory)
+    def _note(self, change: Callable[[Manifest], Manifest]) -> None:
+        with suppress(StoreError):
+            self.settle()
+            with locked(self.directory / MANIFEST_LOCK):
+                current = sure_manifest(self.directory, self.manifest)
+                self.manifest = change(current)
+                if self.manifest is not current:
+                    self.manifest.write(self.directory)
 
     def assemble(self, size: int, parts: Sequence[Found]) -> Any:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""
