@@ -125,7 +125,10 @@ def opened(name, clock=None):
             yield ObjectCase(sizes, keeps_everything=False)
         else:
             kind, _, sequences = name.partition(", ")
-            yield (SequenceCase if sequences else RowCase)(row_store(kind, path))
+            store = row_store(kind, path)
+            yield (SequenceCase if sequences else RowCase)(store)
+            if isinstance(store, DiskStore):
+                store.settle()  # no file comes any more while the folder goes
 
 
 def row_store(kind, path):

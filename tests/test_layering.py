@@ -44,7 +44,7 @@ USERS = ("cli", "demo")  # they use the public names, as a user does
 
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities")
 MAY_IMPORT_LIGHTNING = ("quatcache.training", "quatcache.cli", "quatcache.demo")
-PRIVATE_LIGHTNING = "quatcache.training.sources"  # the one module that knows Lightning's private names
+PRIVATE_LIGHTNING = "quatcache.training.internals"  # the one module that knows Lightning's private names
 # Private by name, yet torch's and not Lightning's: there is no public way to tell DDP what to leave alone, nor to ask
 # how often a tensor was written to.
 PRIVATE_TORCH = {"_set_params_and_buffers_to_ignore_for_model", "_version"}

@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ import numpy.typing as npt
 import torch
 
 from quatcache.errors import FormatError, StoreError
-from quatcache.keys import KeyArray, KeyIndex, distinct
+from quatcache.keys import KeyArray, KeyIndex
 from quatcache.store.buffer import RowBuffer
+from quatcache.store.commits import Commit, disappeared, in_background, latest, write_commit
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
 from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
 from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, read_rows, room_for, row_shape_of, touch
-from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
+from quatcache.store.shards import ShardEntry, open_shard
 from quatcache.store.tensor import TensorStore
 
 __all__ = ["LAST_USED", "DiskStore"]
@@ -110,6 +111,8 @@ class DiskStore:
         self._committed = 0
         self._pending: Buffer = RowBuffer(dtype=dtype)
         self._pending_keys: list[KeyArray] = []
+        self._spare: Buffer | None = None  # memory of the commit before, for the rows after the next one
+        self._writing: Commit | None = None  # its rows are the last of the shards meanwhile
         self._last_commit = self._time()
         self.before_commit: Callable[[], None] = lambda: None
         self._distrusted = False
@@ -122,8 +125,14 @@ class DiskStore:
     @property
     def row_shape(self) -> RowShape | None:
         """Shape of one row; None while nothing was stored."""
-        known = self.manifest.row_shape
-        return self._pending.row_shape if known is None else known  # () is a shape too
+        if self.manifest.row_shape is not None:  # () is a shape too
+            return self.manifest.row_shape
+        return self._newest.row_shape
+
+    @property
+    def _newest(self) -> Buffer:
+        """Rows that no manifest knows of, if there are any."""
+        return self._pending if self._writing is None else self._writing.buffer
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +142,8 @@ class DiskStore:
     @property
     def pending(self) -> int:
         """Count the rows that are not committed."""
-        return len(self._pending) if self._pending_keys else 0
+        writing = 0 if self._writing is None else self._writing.count
+        return writing + (len(self._pending) if self._pending_keys else 0)
 
     @property
     def numbered(self) -> int:
@@ -143,7 +153,9 @@ class DiskStore:
     @property
     def given_dtype(self) -> torch.dtype | None:
         """The dtype that look-ups return."""
-        return self.manifest.given_dtype or self._pending.given_dtype
+        return (
+            self.manifest.given_dtype or (self._pending if self._writing is None else self._writing.buffer).given_dtype
+        )
 
     def refresh(self) -> bool:
         """Take in shards that other processes committed since the store was opened.
@@ -240,7 +252,7 @@ class DiskStore:
         """
         if not len(keys):
             return
-        held, given = (self.manifest.row_shape, self.manifest.given_dtype), (row_shape_of(values), values.dtype)
+        held, given = (self.row_shape, self.given_dtype), (row_shape_of(values), values.dtype)
         if self._shards and held != given:
             raise FormatError(
                 f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
@@ -259,6 +271,8 @@ class DiskStore:
         due = self._time() - self._last_commit >= self._commit_seconds
         if due or self._pending.nbytes >= self._shard_bytes:
             self._commit()
+        elif self._writing is not None and self._writing.outcome.done():  # an error is told soon
+            self.settle()
 
     def flush(self) -> None:
         """Commit what was put: the shard first, then the manifest that names it.
@@ -266,10 +280,15 @@ class DiskStore:
         Raises:
             StoreError: The directory cannot be written, or disappeared; what was committed before is kept.
         """
+        with suppress(StoreError):
+            self.settle()  # what failed in the background is tried again
         self._commit()
-        self._pending = RowBuffer(dtype=self._dtype)  # its memory is not needed until more is put
+        self.settle()
+        self._pending, self._spare = RowBuffer(dtype=self._dtype), None  # no memory is needed until more is put
 
     def _commit(self) -> None:
+        """Have what was put written, once what was put before it is."""
+        self.settle()
         if not self._pending_keys or self._distrusted:
             return
         try:
@@ -278,50 +297,50 @@ class DiskStore:
             self._distrusted = True
             raise
         if self._committed and not self.directory.is_dir():
-            raise self._disappeared()
-        keys, given_dtype = np.concatenate(self._pending_keys), self._pending.given_dtype
-        rows: Rows = self._pending.rows
-        assert given_dtype is not None
-        pending = len(keys)
-        rows = rows[:pending]  # one more batch if Ctrl-C came between the two
-        first = np.sort(keys[:, 0])
-        if (first[1:] == first[:-1]).any():  # a key was put again: its last row counts
-            latest = np.sort(pending - 1 - distinct(keys[::-1])[0])
-            keys, rows = keys[latest], rows[torch.from_numpy(latest)]
-        kind = RowKind(row_shape_of(rows), rows.dtype, given_dtype)
-        with locked(self.directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
-            current = self._without_damaged(sure_manifest(self.directory, self.manifest))
-            if current.shards and self._environment not in (current.environment, *current.verified):
-                current = replace(current, environment={}, verified=())  # rows of several environments lie here now
-            entry = write_shard(self.directory, self.manifest.digest, keys, rows, given_dtype)
-            self.manifest = current.with_shard(entry, kind)
-            self.manifest.write(self.directory)
-        try:
-            _, mapped, _ = open_shard(self.directory, entry, self.manifest.digest, kind, verify_checksum=False)
-        except FormatError as error:
-            raise self._disappeared() from error
+            raise disappeared(self.directory)
+        buffer, parts = self._pending, self._pending_keys
+        keys, rows, kind = latest(parts, buffer)
+        refused = frozenset(self._refused)
+        work = partial(write_commit, self.directory, self.manifest, self._environment, refused, keys, rows, kind)
+        count = sum(map(len, parts))
+        self._writing = Commit(buffer, parts, count, in_background(work))
         self._starts.append(self._committed)
+        self._shards.append(buffer.rows[:count])
+        self._committed += count
+        self._pending = RowBuffer(dtype=self._dtype) if self._spare is None else self._spare
+        self._pending_keys, self._spare = [], None
+
+    def settle(self) -> None:
+        """Wait for the commit that is on its way, if one is, and read its rows from their file from then on.
+
+        Raises:
+            StoreError: It failed; its rows are again among those to be committed.
+        """
+        commit = self._writing
+        if commit is None:
+            return
+        error = commit.outcome.exception()
+        if error is not None:
+            self._take_back(commit)
+            raise error
+        done, self._writing = commit.outcome.result(), None
+        self.manifest = done.manifest
+        self._refused = set(done.refused)  # the next refresh takes in what is whole again
+        self._opened.add(done.entry.file)
         # a row that was put again is not in the file, but its number was given out
-        self._shards.append(mapped if len(mapped) == pending else self._pending.rows.clone())
-        self._opened.add(entry.file)
-        self._committed += pending
-        self._pending.clear()
-        self._pending_keys = []
+        self._shards[-1] = done.rows if len(done.rows) == commit.count else commit.buffer.rows[: commit.count].clone()
+        commit.buffer.clear()
+        self._spare = commit.buffer
 
-    def _without_damaged(self, manifest: Manifest) -> Manifest:
-        """Drop the shards that were refused and still are bad: some were perhaps out of reach for a moment only."""
-        for entry in manifest.shards:
-            if entry.file in self._refused and manifest.kind is not None:
-                with suppress(FormatError):
-                    open_shard(self.directory, entry, manifest.digest, manifest.kind)
-                    self._refused.discard(entry.file)  # the next refresh takes it in
-        return manifest.without(self._refused)
-
-    def _disappeared(self) -> StoreError:
-        return StoreError(
-            f"{self.directory} disappeared while rows were being written to it; bring it back, or choose another "
-            "save_dir, and run again: what was committed is found where it is."
-        )
+    def _take_back(self, commit: Commit) -> None:
+        """Put the rows of a commit that failed before those that were put since: numbers stay."""
+        self._writing = None
+        del self._shards[-1], self._starts[-1]
+        self._committed -= commit.count
+        if self._pending_keys:
+            rows: Any = self._pending.rows
+            commit.buffer.append(rows)
+        self._pending, self._pending_keys = commit.buffer, commit.keys + self._pending_keys
 
     def compact(self) -> None:
         """Pack runs of small shards into big ones; rows and their numbers stay.
@@ -347,25 +366,20 @@ class DiskStore:
 
     def mark_verified(self, environment: Mapping[str, str]) -> None:
         """Record that the encoder gives the rows that are here in another environment too, where that is permitted."""
-        with suppress(StoreError), self._changing() as current:
-            if environment not in (current.environment, *current.verified):
-                self.manifest = replace(current, verified=(*current.verified, dict(environment)))
+        self._note(lambda manifest: manifest.with_environment(environment))
 
     def mark_encoded(self, rows: int, seconds: float) -> None:
         """Record how long encoding took, where that is permitted: a later run tells by it what it saved."""
-        with suppress(StoreError), self._changing() as current:
-            known = current.effort
-            self.manifest = replace(current, effort=(known[0] + rows, known[1] + seconds))
+        self._note(lambda manifest: manifest.with_effort(rows, seconds))
 
-    @contextmanager
-    def _changing(self) -> Iterator[Manifest]:
-        """Hold the lock of the manifest, and write what became of it, if anything did."""
-        with locked(self.directory / MANIFEST_LOCK):
-            current = sure_manifest(self.directory, self.manifest)
-            self.manifest = current
-            yield current
-            if self.manifest is not current:
-                self.manifest.write(self.directory)
+    def _note(self, change: Callable[[Manifest], Manifest]) -> None:
+        with suppress(StoreError):
+            self.settle()
+            with locked(self.directory / MANIFEST_LOCK):
+                current = sure_manifest(self.directory, self.manifest)
+                self.manifest = change(current)
+                if self.manifest is not current:
+                    self.manifest.write(self.directory)
 
     def assemble(self, size: int, parts: Sequence[Found]) -> Any:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""

@@ -75,6 +75,16 @@ class Manifest:
         """Count the committed rows."""
         return sum(shard.rows for shard in self.shards)
 
+    def with_environment(self, environment: Mapping[str, str]) -> Manifest:
+        """Add an environment in which the encoder gives the same rows."""
+        if environment in (self.environment, *self.verified):
+            return self
+        return replace(self, verified=(*self.verified, dict(environment)))
+
+    def with_effort(self, rows: int, seconds: float) -> Manifest:
+        """Add rows that were encoded in some seconds."""
+        return replace(self, effort=(self.effort[0] + rows, self.effort[1] + seconds))
+
     def with_shard(self, shard: ShardEntry, kind: RowKind) -> Manifest:
         """Add a shard, unless it is there; its rows must be like those that are.
 

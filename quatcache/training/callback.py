@@ -9,6 +9,7 @@ from quatcache.errors import ConfigError
 from quatcache.training.config import CacheConfig, CacheType, checked_config
 from quatcache.training.guards import checked_metrics, encoders_of
 from quatcache.training.lightning import Callback, LightningModule, Trainer
+from quatcache.training.loss_log import LossLog
 from quatcache.training.report import CacheReport
 from quatcache.training.session import CacheSession
 
@@ -75,11 +76,29 @@ class CacheCallback(Callback):
         """See that the encoders are still those that filled the cache."""
         if self._session is not None:
             self._session.begin_epoch()
+        losses = _loss_log_of(pl_module)
+        if losses is not None:
+            losses.begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the epoch took."""
         if self._session is not None:
             self._session.receipt.end_epoch()
+        self._conclude(pl_module, "train")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the mean loss if the last batch came early."""
+        self._conclude(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the mean loss if the last batch came early."""
+        self._conclude(pl_module, "test")
+
+    @staticmethod
+    def _conclude(module: LightningModule, stage: str) -> None:
+        losses = _loss_log_of(module)
+        if losses is not None:
+            losses.conclude(module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Commit what was cached in steps, and log the report, while the loggers are open."""
@@ -119,3 +138,9 @@ class CacheCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Give nothing: a cache is not part of a checkpoint."""
         return {}
+
+
+def _loss_log_of(module: LightningModule) -> LossLog | None:
+    """Give what logs the losses of a TrainableModel; None: a module of another kind logs as it likes."""
+    losses = getattr(module, "loss_log", None)
+    return losses if isinstance(losses, LossLog) else None

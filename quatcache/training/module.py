@@ -22,6 +22,7 @@ from quatcache.training.config import CacheConfig, checked_config
 from quatcache.training.encoder_dict import EncoderDict
 from quatcache.training.guards import check_encoders, checked_metrics, given_together
 from quatcache.training.lightning import Callback, LightningModule
+from quatcache.training.loss_log import LossLog
 
 __all__ = ["TrainableModel"]
 
@@ -51,6 +52,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         head: What ``configure_head`` returned.
         loss: What ``configure_loss`` returned.
         cache_callback: The callback that the model brings along; its ``report`` tells what was cached.
+        loss_log: Logs the losses of steps.
 
     Example:
         >>> from quatcache.encoders import ModuleEncoder
@@ -75,6 +77,7 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
         super().__init__()
         self.cache_callback = CacheCallback()
         self.cache_callback.brought_by_model = True
+        self.loss_log = LossLog()
         self._metrics: list[dict[str, Metric]] = []
 
     # What a user overrides
@@ -164,15 +167,15 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Compute and log the loss of a batch."""
-        return self._step("train", batch)
+        return self._step("train", batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Compute and log the loss of a batch, and update the metrics."""
-        return self._step("val", batch, dataloader_idx)
+        return self._step("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Compute and log the loss of a batch, and update the metrics."""
-        return self._step("test", batch, dataloader_idx)
+        return self._step("test", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
         """Compute the embeddings of a batch."""
@@ -239,13 +242,15 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
             )
         return module
 
-    def _step(self, stage: str, batch: Batch, dataloader_idx: int | None = None) -> torch.Tensor:
+    def _step(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int | None = None) -> torch.Tensor:
         if not isinstance(batch, Batch):
             self._refuse(batch, stage)
         embeddings = self(batch.inputs)
         loss = self._loss_of(embeddings, batch.targets)
-        self.log(f"{stage}_loss", loss, batch_size=len(embeddings), prog_bar=True)
-        if dataloader_idx is not None:
+        if dataloader_idx is None:
+            self.loss_log.train(self, loss, len(embeddings), batch_idx)
+        else:
+            self.loss_log.evaluate(self, stage, loss, len(embeddings), batch_idx)
             for metric in self._metrics_of(dataloader_idx).values():
                 metric.update(embeddings.detach(), *batch.targets)
         return loss

@@ -1,4 +1,4 @@
-"""Where a trainer's loops get their loaders from: the one module that knows Lightning's private names.
+"""Where a trainer's loops get their loaders from.
 
 Each loop holds a source, whose ``dataloader()`` Lightning calls once a run, or again and again with
 ``reload_dataloaders_every_n_epochs``. Replacing the source rather than a loader serves every kind of loader (passed to
@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from quatcache.training.internals import give_loaders, loader_source, set_loader_source
 from quatcache.training.lightning import CombinedLoader, Trainer
 
 __all__ = ["LoaderSources"]
@@ -97,11 +98,11 @@ class LoaderSources:
             self._replace(trainer.predict_loop, "predict", "sequential", convert)
 
     def _replace(self, loop: Any, stage: str, mode: str, convert: Convert) -> None:
-        source = loop._data_source
+        source = loader_source(loop)
         if isinstance(source, _ConvertedSource):  # left over from a run that was cut off
             source = source.source
         converted = _ConvertedSource(source, stage, mode, convert)
-        loop._data_source = converted
+        set_loader_source(loop, converted)
         self._replaced.append((loop, converted))
 
     def request(self) -> list[tuple[Any, str]]:
@@ -127,8 +128,7 @@ class LoaderSources:
     def restore(self) -> None:
         """Put the user's sources back; and to the loops the user's loaders."""
         for loop, converted in self._replaced:
-            if loop._data_source is converted:
-                loop._data_source = converted.source
-            if loop._combined_loader is not None:
-                loop._combined_loader = converted.given
+            if loader_source(loop) is converted:
+                set_loader_source(loop, converted.source)
+            give_loaders(loop, converted.given)
         self._replaced.clear()

@@ -120,14 +120,17 @@ def test_shard_is_committed_when_it_is_full(tmp_path):
     put(store, 1, 2, 3)
     assert shards(tmp_path) == []
     put(store, 4)
+    store.settle()
     assert len(shards(tmp_path)) == 1
     put(store, 5, 6, 7)
+    store.settle()
     assert len(shards(tmp_path)) == 1 and held(DiskStore(tmp_path, DIGEST), *range(9)) == [1, 2, 3, 4]
 
 
 def test_storage_dtype_counts_for_the_size_of_a_shard(tmp_path):
     store = DiskStore(tmp_path, DIGEST, shard_bytes=32, dtype=torch.float16)
     put(store, 1, 2, 3, 4)
+    store.settle()
     assert shards(tmp_path) == []
 
 
@@ -141,6 +144,7 @@ def test_rows_are_committed_when_time_has_passed(tmp_path):
     assert shards(tmp_path) == []
     clock.now = 130.0
     put(store, 3)
+    store.settle()
     assert len(shards(tmp_path)) == 1
     clock.now = 159.0  # the time runs from the first row of the next shard
     put(store, 4)

@@ -147,12 +147,12 @@ def test_a_cache_that_can_take_no_more_does_not_end_training(what, tmp_path, mon
     models = [Model({"default": HashingEncoder()}, cache) for cache in (lazy(save_dir=tmp_path), None)]
     if what == "commit":
         monkeypatch.setattr("quatcache.store.disk.COMMIT_SECONDS", 0.0)
-        monkeypatch.setattr("quatcache.store.disk.write_shard", full)
+        monkeypatch.setattr("quatcache.store.commits.write_shard", full)
     elif what == "pack":
         monkeypatch.setattr("quatcache.store.disk.pack", full)
     else:
         monkeypatch.setattr("quatcache.store.CacheDirectory.check_writable", full)
-        monkeypatch.setattr("quatcache.store.disk.write_shard", full)
+        monkeypatch.setattr("quatcache.store.commits.write_shard", full)
     for model in models:
         fit(model, loader(Texts(texts(50))), max_epochs=3)
     assert same_run(*models)

@@ -10,7 +10,6 @@ from pytorch_lightning.loggers import CSVLogger
 
 from quatcache import CacheConfig
 from quatcache.errors import StoreError
-from quatcache.store import DiskStore
 from quatcache.store.manifest import Manifest
 from quatcache.training.report import CacheReport, EncoderReport
 from quatcache.units import readable_time
@@ -88,7 +87,7 @@ def test_pace_that_cannot_be_written_down_harms_nothing(tmp_path, monkeypatch):
     def refuse(*args):
         raise StoreError("read-only")
 
-    monkeypatch.setattr(DiskStore, "_changing", refuse)
+    monkeypatch.setattr("quatcache.store.disk.locked", refuse)
     model = Model(cache=CacheConfig(save_dir=tmp_path))
     fit(model, loader(Texts(texts(20))))
     assert model.cache_callback.report.encoded == 20
