@@ -30,9 +30,10 @@ from quatcache.store.commits import Commit, disappeared, in_background, latest, 
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
+from quatcache.store.placed import PlacedRows
 from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
-from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, read_rows, room_for, row_shape_of, touch
+from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, room_for, row_shape_of
 from quatcache.store.shards import ShardEntry, open_shard
 from quatcache.store.tensor import TensorStore
 
@@ -104,11 +105,9 @@ class DiskStore:
         self._memory_map = memory_map
         self._time = time_func
         self._index = KeyIndex()
-        self._shards: list[Rows] = []  # rows, memory-mapped unless told otherwise, in row order
+        self._placed = PlacedRows()  # of the shards in row order, memory-mapped unless told otherwise
         self._opened: set[str] = set()
         self._refused: set[str] = set()  # damaged shards: their rows are absent, their entries go at the next commit
-        self._starts: list[int] = []
-        self._committed = 0
         self._pending: Buffer = RowBuffer(dtype=dtype)
         self._pending_keys: list[KeyArray] = []
         self._spare: Buffer | None = None  # memory of the commit before, for the rows after the next one
@@ -137,7 +136,7 @@ class DiskStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, committed or not."""
-        return sum(shard.nbytes for shard in self._shards) + self._pending.nbytes
+        return self._placed.nbytes + self._pending.nbytes
 
     @property
     def pending(self) -> int:
@@ -148,7 +147,7 @@ class DiskStore:
     @property
     def numbered(self) -> int:
         """Count the row numbers that were given out."""
-        return self._committed + len(self._pending)
+        return self._placed.count + len(self._pending)
 
     @property
     def given_dtype(self) -> torch.dtype | None:
@@ -203,10 +202,8 @@ class DiskStore:
             self._attach(keys, rows)
 
     def _attach(self, keys: KeyArray, rows: Rows) -> None:
-        self._index.add(keys, np.arange(self._committed, self._committed + len(keys)))
-        self._starts.append(self._committed)
-        self._shards.append(rows)
-        self._committed += len(keys)
+        self._index.add(keys, self._placed.count + np.arange(len(keys)))
+        self._placed.add(rows)
 
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row number of each key, -1 where it is absent."""
@@ -226,12 +223,12 @@ class DiskStore:
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
         """
-        places = [*self._shards, self._pending.rows] if self._pending_keys else self._shards
-        return read_rows(places, [*self._starts, self._committed], rows.cpu(), self.given_dtype, device)
+        pending = self._pending.rows if self._pending_keys else None
+        return self._placed.read(rows.cpu(), self.given_dtype, device, pending)
 
     def touch(self, rows: torch.Tensor) -> None:
         """Bring the pages of rows ``(B,)`` into memory; a thread may do it beside one that puts and gathers rows."""
-        touch(self._shards[:], self._starts[:], rows)
+        self._placed.touch(rows)
 
     def get_many(self, keys: KeyArray) -> Found:
         """Give the hits only."""
@@ -253,7 +250,7 @@ class DiskStore:
         if not len(keys):
             return
         held, given = (self.row_shape, self.given_dtype), (row_shape_of(values), values.dtype)
-        if self._shards and held != given:
+        if self._placed.parts and held != given:
             raise FormatError(
                 f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
                 f"{given[1]}; delete that directory to have it filled again."
@@ -265,7 +262,7 @@ class DiskStore:
         if not self._pending_keys:
             self._last_commit = self._time()
         rows: Any = self._pending.checked(values.cpu())
-        self._index.add(keys, self._committed + len(self._pending) + np.arange(len(keys)))
+        self._index.add(keys, self.numbered + np.arange(len(keys)))
         self._pending.append(rows)
         self._pending_keys.append(keys)
         due = self._time() - self._last_commit >= self._commit_seconds
@@ -296,7 +293,7 @@ class DiskStore:
         except BaseException:
             self._distrusted = True
             raise
-        if self._committed and not self.directory.is_dir():
+        if self._placed.count and not self.directory.is_dir():
             raise disappeared(self.directory)
         buffer, parts = self._pending, self._pending_keys
         keys, rows, kind = latest(parts, buffer)
@@ -304,9 +301,7 @@ class DiskStore:
         work = partial(write_commit, self.directory, self.manifest, self._environment, refused, keys, rows, kind)
         count = sum(map(len, parts))
         self._writing = Commit(buffer, parts, count, in_background(work))
-        self._starts.append(self._committed)
-        self._shards.append(buffer.rows[:count])
-        self._committed += count
+        self._placed.add(buffer.rows[:count])
         self._pending = RowBuffer(dtype=self._dtype) if self._spare is None else self._spare
         self._pending_keys, self._spare = [], None
 
@@ -328,15 +323,15 @@ class DiskStore:
         self._refused = set(done.refused)  # the next refresh takes in what is whole again
         self._opened.add(done.entry.file)
         # a row that was put again is not in the file, but its number was given out
-        self._shards[-1] = done.rows if len(done.rows) == commit.count else commit.buffer.rows[: commit.count].clone()
+        whole = len(done.rows) == commit.count
+        self._placed.parts[-1] = done.rows if whole else commit.buffer.rows[: commit.count].clone()
         commit.buffer.clear()
         self._spare = commit.buffer
 
     def _take_back(self, commit: Commit) -> None:
         """Put the rows of a commit that failed before those that were put since: numbers stay."""
         self._writing = None
-        del self._shards[-1], self._starts[-1]
-        self._committed -= commit.count
+        self._placed.take_back()
         if self._pending_keys:
             rows: Any = self._pending.rows
             commit.buffer.append(rows)
@@ -349,7 +344,7 @@ class DiskStore:
             StoreError: The directory cannot be written; it is as it was.
         """
         self.flush()
-        if not self._committed:
+        if not self._placed.count:
             return
         with locked(self.directory / MANIFEST_LOCK):
             before = sure_manifest(self.directory, self.manifest)
@@ -392,13 +387,14 @@ class DiskStore:
             A store whose row numbers are those of this one; peak memory is that of the rows once.
         """
         self.flush()
-        if not self._shards:
+        if not self._placed.parts:
             return TensorStore(device, self._dtype)
-        rows = room_for(self._shards, self.manifest.dtype, device)
-        for place, (start, shard) in enumerate(zip(self._starts, self._shards, strict=True)):
+        shards = self._placed.parts
+        rows = room_for(shards, self.manifest.dtype, device)
+        for place, (start, shard) in enumerate(zip(self._placed.starts, shards, strict=True)):
             part = rows[start : start + len(shard)]
             copy_rows(shard, part)
             if not self._memory_map and rows.device.type == "cpu":  # do not hold them twice
-                self._shards[place] = part
+                shards[place] = part
         keys, numbers = self._index.items()
         return TensorStore.of(keys, numbers, rows, self.given_dtype)

@@ -7,7 +7,7 @@ functions here are for the rest, and nothing else asks which kind it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from quatcache.sequences import PaddedSequences
 from quatcache.store.buffer import RowBuffer
 from quatcache.store.protocol import Found, RowShape, Values
 from quatcache.store.ragged import RaggedBuffer, RaggedRows, offsets_of
-from quatcache.store.transfer import fetches, send, take_to, touch_pages
+from quatcache.store.transfer import take_to
 
 __all__ = [
     "Buffer",
@@ -27,12 +27,10 @@ __all__ = [
     "gather",
     "new_buffer",
     "no_rows",
-    "read_rows",
     "room_for",
     "row_bytes",
     "row_shape_of",
     "take",
-    "touch",
     "wrapped",
 ]
 
@@ -109,71 +107,6 @@ def gather(rows: Rows, numbers: torch.Tensor, dtype: torch.dtype | None, device:
     if isinstance(rows, RaggedRows):
         return rows[numbers].padded(dtype, device)
     return take_to(rows, numbers, dtype, device)
-
-
-def read_rows(
-    parts: Sequence[Rows],
-    starts: Sequence[int],
-    numbers: torch.Tensor,
-    dtype: torch.dtype | None,
-    device: torch.device | None = None,
-) -> Any:
-    """Read rows ``(B,)`` that lie in several places, numbered through; arguments as for :func:`gather`.
-
-    Args:
-        parts: Rows of one kind, in main memory.
-        starts: Number of the first row of each.
-        numbers: See :func:`gather`.
-        dtype: See there.
-        device: See there.
-    """
-    if not parts:
-        return torch.empty(0, dtype=dtype, device=device)
-    if len(parts) == 1 or not len(numbers):
-        return gather(parts[0], numbers, dtype, device)
-    split = list(_split(starts[: len(parts)], numbers))
-    if isinstance(parts[0], RaggedRows):
-        found = [Found(positions.numpy(), take(parts[place], own)) for place, positions, own in split]
-        whole = assemble(len(numbers), found, None if device is not None else dtype)
-        return whole if device is None else send(whole, device).to(dtype or whole.dtype)
-    shape, stored = parts[0].shape[1:], parts[0].dtype
-    pinned = device is not None and fetches(device)
-    answer = torch.empty((len(numbers), *shape), dtype=stored, pin_memory=pinned)
-    for place, positions, own in split:
-        answer.index_copy_(0, positions, take(parts[place], own))  # type: ignore[arg-type]
-    answer = send(answer, device)
-    return answer if dtype is None else answer.to(dtype)
-
-
-def touch(parts: Sequence[Rows], starts: Sequence[int], numbers: torch.Tensor) -> None:
-    """Read a value from every page of some rows, so that memory maps have them when they are gathered.
-
-    Another thread may be adding a part: rows of one that is not known yet are left.
-    """
-    known = min(len(parts), len(starts))
-    for place, _, own in _split(starts[:known], numbers) if known else ():
-        part = parts[place]
-        own = own[own < len(part)]
-        if isinstance(part, RaggedRows):
-            part[own].touch()
-        else:
-            touch_pages(part, own)
-
-
-def _split(starts: Sequence[int], numbers: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Give the place of rows, their positions ``(n,)`` in the batch, and their numbers ``(n,)`` in that place."""
-    if len(starts) == 1:
-        yield 0, torch.arange(len(numbers)), numbers
-        return
-    which = torch.bucketize(numbers, torch.tensor(starts[1:]), right=True)
-    ordered, order = torch.sort(which)
-    counts = torch.bincount(ordered, minlength=len(starts)).tolist()
-    own = (numbers - torch.tensor(starts)[which])[order]
-    begin = 0
-    for place, count in enumerate(counts):
-        if count:
-            yield place, order[begin : begin + count], own[begin : begin + count]
-        begin += count
 
 
 def concatenate(parts: Sequence[Rows]) -> Any:

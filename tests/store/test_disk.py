@@ -359,7 +359,7 @@ def test_store_that_reads_shards_whole_maps_none(tmp_path, monkeypatch):
     assert held(store, 1, 2, 3) == [1, 2, 3]
     loaded = store.load()
     assert held(loaded, 1, 2, 3) == [1, 2, 3] and held(store, 1, 2, 3) == [1, 2, 3]
-    pointers = {shard.untyped_storage().data_ptr() for shard in store._shards}
+    pointers = {shard.untyped_storage().data_ptr() for shard in store._placed.parts}
     assert pointers == {loaded.rows.untyped_storage().data_ptr()}, "rows are held twice"
 
 

@@ -156,7 +156,7 @@ def test_loaded_store_holds_the_rows_once(tmp_path, memory_map):
     loaded = store.load()
     assert isinstance(loaded.rows, RaggedRows) and loaded.rows.dtype is torch.float16
     assert len(loaded.rows.values) == 18 and loaded.nbytes == store.nbytes
-    places = {shard.values.data_ptr() for shard in store._shards}
+    places = {shard.values.data_ptr() for shard in store._placed.parts}
     assert (places == {loaded.rows.values.data_ptr()}) is not memory_map  # read whole, they are shared
     for one in (store, loaded):
         found = one.get_many(keys_of(12)[::-1].copy()).values

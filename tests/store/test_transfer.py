@@ -10,8 +10,7 @@ import torch
 
 from quatcache.keys import content_keys
 from quatcache.sequences import PaddedSequences
-from quatcache.store import BudgetStore, DiskStore, TensorStore, transfer
-from quatcache.store import rows as stored_rows
+from quatcache.store import BudgetStore, DiskStore, TensorStore, placed, transfer
 
 META = torch.device("meta")
 NUMBERS = torch.tensor([7, 0, 11, 7, 3])
@@ -28,7 +27,7 @@ def sent(monkeypatch):
             calls.append(values.dtype)
         return send(values, device)
 
-    for module in (transfer, stored_rows):
+    for module in (transfer, placed):
         monkeypatch.setattr(module, "send", note)
     monkeypatch.setattr("quatcache.store.ragged.send", note)
     return calls
