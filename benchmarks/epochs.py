@@ -16,149 +16,30 @@ epoch's hooks count. The first epoch warms up and is not reported.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader
 
+from benchmarks.lean import fit, run_lean, run_lean_logged, run_raw, run_tensor_dataset
 from benchmarks.shapes import (
-    LEARNING_RATE, SEED, SHAPES, WIDTH, Data, Order, Run, Shape, differences, loader_order, make_data, tensor_order,
+    LEARNING_RATE,
+    SEED,
+    SHAPES,
+    WIDTH,
+    Data,
+    Order,
+    Run,
+    Shape,
+    loader_order,
+    make_data,
+    tensor_order,
 )
 from quatcache import CacheConfig, CacheType, Encoder, TrainableModel
-from quatcache.training.lightning import pl
 
-__all__ = [
-    "CONTENDERS", "CachedHead", "Gather", "HeadModule", "IndexBatches", "fit", "losses_of", "sample_loader", "seconds_of",
-]
-
-class EpochClock(pl.Callback):
-    """Notes when each training epoch ends."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-
-
-def run_raw(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train in a plain torch loop."""
-    result, ends = Run(), []
-    head = shape.head()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE)
-    criterion = nn.CrossEntropyLoss()
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(epochs):
-        for index in order(len(data.labels), generator).split(shape.batch_size):
-            loss = criterion(head(data.rows.index_select(0, index)), data.labels.index_select(0, index))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if keep_losses:
-                result.losses.append(loss.detach())
-        ends.append(time.perf_counter())
-    result.epoch_seconds = differences(ends)
-    return result
-
-
-class HeadModule(pl.LightningModule):
-    """The head alone under Lightning; a batch is ``(rows, labels)``."""
-
-    def __init__(self, shape: Shape, logged: bool, losses: list[Tensor] | None) -> None:
-        super().__init__()
-        self.head = shape.head()
-        self.criterion = nn.CrossEntropyLoss()
-        self.logged = logged
-        self.losses = losses
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Compute the loss of one batch."""
-        rows, labels = batch
-        loss: Tensor = self.criterion(self.head(rows), labels)
-        if self.logged:
-            self.log("train_loss", loss)
-        if self.losses is not None:
-            self.losses.append(loss.detach())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return what the raw loop uses."""
-        return torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE)
-
-
-class IndexBatches(Sampler[Tensor]):
-    """Yields one index tensor per batch."""
-
-    def __init__(self, count: int, batch_size: int, order: Order) -> None:
-        self.count, self.batch_size, self.order = count, batch_size, order
-        self.generator = torch.Generator().manual_seed(SEED)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.order(self.count, self.generator).split(self.batch_size))
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-
-class Gather(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset whose item is a whole batch."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.data.rows.index_select(0, index), self.data.labels.index_select(0, index)
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-
-def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int, *others: pl.Callback) -> list[float]:
-    """Fit with everything off that is not training, and return the seconds of all epochs but the first."""
-    clock = EpochClock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=[clock, *others],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader)
-    return differences(clock.ends)
-
-
-def run_lean(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool, logged: bool = False) -> Run:
-    """Train under Lightning with one gather a step."""
-    result = Run()
-    sampler = IndexBatches(len(data.labels), shape.batch_size, order)
-    loader: DataLoader[Any] = DataLoader(Gather(data), sampler=sampler, batch_size=None)
-    result.epoch_seconds = fit(HeadModule(shape, logged, result.losses if keep_losses else None), loader, epochs)
-    return result
-
-
-def run_lean_logged(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train like ``lean`` and log the loss."""
-    return run_lean(shape, data, epochs, order, keep_losses, logged=True)
-
-
-def run_tensor_dataset(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train under Lightning with ``TensorDataset`` and a shuffling ``DataLoader``."""
-    result = Run()
-    loader: DataLoader[Any] = DataLoader(
-        TensorDataset(data.rows, data.labels),
-        batch_size=shape.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(SEED),
-    )
-    module = HeadModule(shape, shape.logged, result.losses if keep_losses else None)
-    result.epoch_seconds = fit(module, loader, epochs)
-    return result
+__all__ = ["CONTENDERS", "CachedHead", "losses_of", "sample_loader", "seconds_of"]
 
 
 class RowEncoder(Encoder):
@@ -256,26 +137,29 @@ CONTENDERS: dict[str, Callable[[Shape, Data, int, Order, bool], Run]] = {
 }
 
 
-def seconds_of(contender: str, shape: str, rows: int, epochs: int) -> list[float]:
+def seconds_of(contender: str, shapes: Mapping[str, int], rows: int) -> dict[str, list[float]]:
     """Time one contender.
 
     Args:
         contender: A name of ``CONTENDERS``.
-        shape: A name of ``SHAPES``.
+        shapes: Names of ``SHAPES``, each with its epochs in all, the warm-up included; > 1.
         rows: Rows of data.
-        epochs: Epochs in all, the warm-up included; > 1.
 
     Returns:
-        Seconds of every epoch but the first.
+        For each shape the seconds of every epoch but the first.
     """
-    return CONTENDERS[contender](SHAPES[shape], make_data(rows), epochs, tensor_order, False).epoch_seconds
+    data, train = make_data(rows), CONTENDERS[contender]
+    return {
+        name: train(SHAPES[name], data, epochs, tensor_order, False).epoch_seconds for name, epochs in shapes.items()
+    }
 
 
-def losses_of(contender: str, shape: str, rows: int, epochs: int) -> list[float]:
+def losses_of(contender: str, shapes: Sequence[str], rows: int, epochs: int) -> dict[str, list[float]]:
     """Train with every contender's batches in a shuffling loader's order, for the check that precedes the figures.
 
     Returns:
-        The loss of each of the ``epochs * steps`` steps.
+        For each shape the loss of each of the ``epochs * steps`` steps.
     """
-    done = CONTENDERS[contender](SHAPES[shape], make_data(rows), epochs, loader_order, True)
-    return [float(loss) for loss in torch.stack(done.losses)]
+    data, train = make_data(rows), CONTENDERS[contender]
+    done = {name: train(SHAPES[name], data, epochs, loader_order, True).losses for name in shapes}
+    return {name: torch.stack(losses).tolist() for name, losses in done.items()}

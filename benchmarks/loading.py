@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.epochs import CachedHead, Gather, IndexBatches, fit, sample_loader
+from benchmarks.epochs import CachedHead, sample_loader
+from benchmarks.lean import Gather, IndexBatches, fit
 from benchmarks.shapes import SEED, SHAPES, Data, check_batches, make_data, tensor_order
 from quatcache.training.lightning import pl
 

@@ -11,6 +11,14 @@ from typing import Any
 __all__ = ["one_process", "work"]
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
 def one_process(module: str, *arguments: object, python: str = sys.executable) -> Any:
     """Run a module of the benchmarks with one thread.
 
@@ -25,7 +33,7 @@ def one_process(module: str, *arguments: object, python: str = sys.executable) -
     Raises:
         SystemExit: It failed, for instance because results were not equal; what it said stands above.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | ENVIRONMENT
     command = [python, "-m", f"benchmarks.{module}", *map(str, arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -8,7 +8,6 @@ here, and nothing of this module may be imported by it.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ from quaterion_models.encoders import Encoder
 from quaterion_models.heads import EncoderHead
 
 from benchmarks.shapes import CLASSES, LEARNING_RATE, SEED, SHAPES, WIDTH, Shape, check_batches, differences, make_data
-from benchmarks.texts import minilm_path
+from benchmarks.texts import descriptions, minilm_path
 
 __all__ = ["encode", "first_step", "load", "losses_of", "prepare", "seconds_of"]
 
@@ -139,7 +138,6 @@ class Model(TrainableModel):
         return torch.optim.AdamW(self.model.head.parameters(), lr=LEARNING_RATE)
 
 
-
 class Notes(pl.Callback):
     """When the first step began and each epoch ended, and the loss of every step if asked for."""
 
@@ -185,14 +183,14 @@ def train(shape: Shape, rows: int, epochs: int, losses: bool) -> Notes:
     return notes
 
 
-def seconds_of(contender: str, shape: str, rows: int, epochs: int) -> list[float]:
+def seconds_of(contender: str, shapes: dict[str, int], rows: int) -> dict[str, list[float]]:
     """Time epochs; see ``benchmarks.epochs``."""
-    return differences(train(SHAPES[shape], rows, epochs, losses=False).ends)
+    return {name: differences(train(SHAPES[name], rows, epochs, losses=False).ends) for name, epochs in shapes.items()}
 
 
-def losses_of(contender: str, shape: str, rows: int, epochs: int) -> list[float]:
+def losses_of(contender: str, shapes: list[str], rows: int, epochs: int) -> dict[str, list[float]]:
     """Give the loss of every step; see ``benchmarks.epochs``."""
-    return train(SHAPES[shape], rows, epochs, losses=True).losses
+    return {name: train(SHAPES[name], rows, epochs, losses=True).losses for name in shapes}
 
 
 class Loading(pl.Callback):
@@ -229,14 +227,14 @@ def load(contender: str, rows: int, epochs: int) -> list[float]:
     return timer.seconds
 
 
-def encode(contender: str, texts: list[str], target: str) -> dict[str, float]:
+def encode(contender: str, count: int, target: str) -> dict[str, float]:
     """Fill a cache with MiniLM and persist it; the vectors go to a file. See ``benchmarks.fill_contenders``."""
     import numpy as np
 
-    encoder = MiniLM()
+    texts, encoder = descriptions(count), MiniLM()
     encoder(encoder.get_collate_fn()(texts[:8]))
     loader = GroupSimilarityDataLoader([SimilarityGroupSample(obj=text, group=0) for text in texts], batch_size=256)
-    model, folder = Model(encoder, SHAPES["linear"], f"{target}.cache", 32), Path(target)
+    model = Model(encoder, SHAPES["linear"], f"{target}.cache", 32)
     kept: list[Tensor] = []
 
     class Vectors(pl.Callback):
@@ -246,10 +244,10 @@ def encode(contender: str, texts: list[str], target: str) -> dict[str, float]:
             kept.append(cached(keys))
 
     notes = Notes()
-    started, worked = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     fit(model, loader, 1, notes, Vectors())
-    np.save(folder, torch.cat(kept).numpy())
-    return {"seconds": notes.first - started, "processor_seconds": time.process_time() - worked}
+    np.save(target, torch.cat(kept).numpy())
+    return {"seconds": notes.first - started}
 
 
 def prepare(folder: str, rows: int) -> None:

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 __all__ = [
-    "CLASSES", "LEARNING_RATE", "SEED", "SHAPES", "WIDTH", "Data", "Order", "Run", "Shape", "check_batches", "differences", "loader_order",
-    "make_data", "tensor_order",
+    "CLASSES",
+    "LEARNING_RATE",
+    "SEED",
+    "SHAPES",
+    "WIDTH",
+    "Data",
+    "Order",
+    "Run",
+    "Shape",
+    "check_batches",
+    "differences",
+    "loader_order",
+    "make_data",
+    "tensor_order",
 ]
 
 WIDTH = 384

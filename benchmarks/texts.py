@@ -132,14 +132,18 @@ def minilm_path() -> str:
 def static_encoder() -> Any:
     """Build a ``SentenceTransformer`` of the static embeddings of wordllama, 256 values a text."""
     spec = find_spec("wordllama")
-    if spec is None or spec.origin is None:
+    if spec is None or not spec.submodule_search_locations:
         raise SystemExit("static embeddings come with a package: pip install --no-deps wordllama")
     from safetensors.torch import load_file
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import StaticEmbedding
     from tokenizers import Tokenizer
 
-    folder = Path(spec.origin).parent
+    try:
+        from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    except ImportError:  # before version 5.2
+        from sentence_transformers.models import StaticEmbedding
+
+    folder = Path(spec.submodule_search_locations[0])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
     weights = load_file(folder / "weights" / "l2_supercat_256.safetensors")["embedding.weight"]
-    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights.float().numpy())])
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights.float())], device="cpu")

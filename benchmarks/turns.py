@@ -30,7 +30,9 @@ class Turns:
         """The median of the ratios that were taken within one round, where both had the same machine."""
         return median(a / b for a, b in zip(self.values[one], self.values[other], strict=False))
 
-    def print(self, console: Console, title: str, reference: str, columns: Mapping[str, Callable[[float], str]]) -> None:
+    def print(
+        self, console: Console, title: str, reference: str, columns: Mapping[str, Callable[[float], str]]
+    ) -> None:
         """Print a table of medians.
 
         Args:
