@@ -4,11 +4,15 @@ Each contender runs in a process of its own, one thread, in rounds that take tur
 falls on all of them alike; of the rounds the median counts, and a ratio is taken within a round. What contenders
 compute is compared before their times count: losses step by step, vectors value by value.
 
-The parts: ``epochs`` an epoch on precomputed rows; ``loading`` what brings its rows, alone; ``disk`` rows on disk
-beside rows in memory; ``fill`` MiniLM on descriptions of packages; ``fill-cheap`` static embeddings on glosses;
-``growth`` 1% more data; ``hits`` what a look-up costs; ``warm-start`` a million rows with MiniLM declared; ``scale`` how all grows
-with the rows; ``store`` the figures of the store; ``demo`` the demo; and, with ``--full`` or by name, ``large`` ten
-million rows (15 GB of disk for a while).
+The parts:
+
+    epochs      an epoch on precomputed rows          loading     what brings its rows, alone
+    disk        rows on disk beside rows in memory    fill        MiniLM on descriptions of packages
+    fill-cheap  static embeddings on glosses          growth      1% more data
+    hits        what a look-up costs                  warm-start  a million rows, MiniLM declared
+    scale       how all of it grows with the rows     store       the figures of the store
+    demo        the demo                              large       ten million rows; with --full or by name,
+                                                                  it takes 9 GB of disk for a while
 
 Each part prints its bars and writes its figures at its end, into the one JSON file, where the other parts stay as they
 are. So parts can be run one by one, and a run that is stopped loses the part that it was in.
@@ -27,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks.filling import bench_fill, bench_fill_cheap, bench_growth
 from benchmarks.lookups import bench_hits
@@ -128,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             figures, found = PARTS[name](settings, console)
         except SystemExit as error:
-            console.print(f"[red]{name} gives no figures:[/] {error}")
+            console.print(f"[red]{name} gives no figures:[/] {escape(str(error))}")
             failed.append(name)
             continue
         minutes = (time.perf_counter() - started) / 60
