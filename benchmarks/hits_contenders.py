@@ -51,6 +51,12 @@ class Source:
         return self.rows[[self.number[text] for text in batch]]
 
 
+@functools.cache
+def diagnoses() -> tuple[str, ...]:
+    """Give distinct short texts, of about seven words."""
+    return tuple(dict.fromkeys(diagnosis.text for diagnosis in read_tabular()))
+
+
 Ask = Callable[[list[str]], Any]
 
 
@@ -236,7 +242,7 @@ def look_up(contender: str, passes: int, folder: str) -> dict[str, Any]:
         two are equal, how many were computed.
     """
     chosen = CONTENDERS[contender]
-    texts = list(dict.fromkeys(diagnosis.text for diagnosis in read_tabular()))[: chosen.batches * BATCH]
+    texts = diagnoses()[: chosen.batches * BATCH]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1)).tolist()
     batches = [[texts[i] for i in order[start : start + BATCH]] for start in range(0, len(texts), BATCH)]
     source = Source(texts)

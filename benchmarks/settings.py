@@ -69,7 +69,7 @@ class Settings:
 
     def with_quaterion(self, console: Console) -> bool:
         """Say whether Quaterion takes part; where it does not, print how it would."""
-        if self.quaterion.exists():
+        if self.quaterion.parent.with_name(".installed").exists():  # the last thing that make bench-quaterion makes
             return True
         console.print("quaterion is left out: make bench-quaterion gives it an environment of its own (Python 3.11)")
         return False

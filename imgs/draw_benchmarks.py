@@ -18,16 +18,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 OURS, OTHERS, FLOOR = "#0b6e4f", "#b8bec4", "#5b6670"
 
-FLOORS = ("raw", "bare file")
+FLOORS = ("raw", "bare file", "gather by hand")
 """What nothing can beat: the same work without a framework, or without a cache."""
 
 NAMES = {
     "raw": "torch loop by hand, no framework",
     "lean": "leanest Lightning loop, no logging",
-    "lean-logged": "leanest Lightning loop",
+    "lean-logged": "leanest Lightning loop, loss logged",
     "tensor-dataset": "TensorDataset + DataLoader",
     "quaterion": "Quaterion 0.1.35",
     "quatcache-unlogged": "quatcache, no logging",
@@ -66,6 +67,9 @@ def bars(axes: Axes, values: Mapping[str, float], title: str, unit: str, *, log:
     for place, name in enumerate(names):
         text = f" {_short(values[name])}"
         axes.text(values[name], place, text, va="center", fontweight="bold" if is_ours(name) else "normal", fontsize=10)
+    axes.set_ylim(
+        min(-0.6, (len(names) - 5) / 2 - 0.6), max(len(names) - 0.4, (len(names) + 3) / 2 + 0.6)
+    )  # no fat bars
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if is_ours(name) else "normal")
     axes.set_title(title, fontsize=12, fontweight="bold")
@@ -87,14 +91,17 @@ def epoch_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
         ("mlp", "Training epoch, MLP head, batch 256"),
         ("linear", "Training epoch, linear head, batch 1024"),
     ):
-        us = parts["epochs"][shape]["us_per_row"]
+        us = dict(parts["epochs"][shape]["us_per_row"])
+        us["quatcache, loss logged"] = us.pop("quatcache")
         panels.append(lambda axes, us=us, title=title: bars(axes, us, title, "microseconds a row"))  # type: ignore[misc]
     return panels
 
 
 def loading_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     """Give what draws the loading."""
-    us = parts["loading"]["us_per_row"]
+    us = dict(parts["loading"]["us_per_row"])
+    us["DataLoader, one gather a batch"] = us.pop("lean")
+    us["gather by hand"] = us.pop("raw")
     return [lambda axes: bars(axes, us, "Bringing the rows of an epoch", "microseconds a row")]
 
 
@@ -103,6 +110,14 @@ def fill_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     part = parts["fill"]
     title = f"First encoding, MiniLM, {part['texts']:,} full descriptions"
     return [lambda axes: bars(axes, part["ms_per_text"], title, "milliseconds a text")]
+
+
+def cheap_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
+    """Give what draws the encoding with static embeddings."""
+    part = parts["fill-cheap"]
+    us = {name: 1e3 * value for name, value in part["ms_per_text"].items()}
+    title = f"First encoding, static embeddings, {part['texts']:,} glosses"
+    return [lambda axes: bars(axes, us, title, "microseconds a text")]
 
 
 def hit_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
@@ -117,14 +132,19 @@ def warm_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     """Give what draws the warm start."""
     part = parts["warm-start"]
     seconds = {name: median(values) for name, values in part["process_seconds"].items()}
-    title = f"Whole process, warm, {part['rows']:,} rows, {part['steps']} steps"
-    return [lambda axes: bars(axes, seconds, title, "seconds, imports included")]
+    whole = f"Warm run, whole process, {_rows(part['rows'])} rows"
+    first = f"Warm run, {_rows(part['rows'])} rows, MiniLM declared"
+    return [
+        lambda axes: bars(axes, part["first_step_seconds"], first, "seconds from after the imports to the first step"),
+        lambda axes: bars(axes, seconds, whole, f"seconds, imports and {part['steps']} steps"),
+    ]
 
 
 PANELS = {
     "epochs": epoch_panels,
     "loading": loading_panels,
     "fill": fill_panels,
+    "fill-cheap": cheap_panels,
     "hits": hit_panels,
     "warm-start": warm_panels,
 }
@@ -174,6 +194,7 @@ COLOURS = ("#0b6e4f", "#2d6cb5", "#d08a1d")
 def curves(axes: Axes, part: Mapping[str, Any], names: list[str], title: str, unit: str) -> None:
     """Draw figures over the rows of a cache, both logarithmic, each with its fitted slope."""
     sizes = [one["rows"] for one in part["sizes"]]
+    all_values = [one[name] for one in part["sizes"] for name in names]
     for name, colour in zip(names, COLOURS, strict=False):
         values = [one[name] for one in part["sizes"]]
         axes.plot(
@@ -185,7 +206,10 @@ def curves(axes: Axes, part: Mapping[str, Any], names: list[str], title: str, un
     axes.set(xscale="log", yscale="log", xlabel="rows of 384 values", ylabel=unit)
     axes.set_xlim(sizes[0] / 1.4, sizes[-1] * 2.4)
     axes.set_xticks(sizes, [_rows(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(all_values) < 50 * min(all_values) else (1.0,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(True, color="#e3e6e8", lw=0.8)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** 0.28)  # room for the legend

@@ -362,9 +362,12 @@ def here(monkeypatch, tmp_path):
 @linux
 @pytest.mark.filterwarnings("ignore:.*`max_steps=[0-9]*` reached.*")
 @pytest.mark.parametrize("part", EXPECTED)
-def test_part_gives_figures_and_bars_and_leaves_no_file(part, here, debian, tmp_path, quiet):
+def test_part_gives_figures_and_bars_and_leaves_no_file(part, here, debian, tmp_path, quiet, monkeypatch):
     if part in ("fill-cheap", "growth") and importlib.util.find_spec("wordllama") is None:
         pytest.skip("static embeddings come with wordllama: pip install --no-deps wordllama")
+    for name, cache in CACHES.items():
+        monkeypatch.setitem(CACHES, name, replace(cache, batches=1))
+    monkeypatch.setattr(lookups, "PASSES", 1)
     given = replace(SMALL, folder=tmp_path / "results")
     figures, bars = command.PARTS[part](given, quiet)
     assert set(figures) == EXPECTED[part]
