@@ -47,9 +47,15 @@ __all__ = ["ON_DEMAND", "PARTS", "main"]
 
 
 def store(settings: Settings, console: Console) -> Found:
-    """Take the figures of the store; with ``--folder`` on a tmpfs, those of the code without a disk."""
+    """Take the figures of the store, and on a tmpfs, where one is named, the write rate without a disk."""
     sizes = replace(settings.store, rounds=settings.rounds)
-    return bench_store(sizes, console, settings.folder, settings.store_parts)
+    figures, bars = bench_store(sizes, console, settings.folder, settings.store_parts)
+    if settings.tmpfs is not None:
+        console.print(f"write rate in {settings.tmpfs}:")
+        in_memory, found = bench_store(sizes, console, settings.tmpfs, ["write_rate"])
+        figures["write_rate_tmpfs"] = in_memory["write_rate"]
+        bars += [replace(bar, what=f"on tmpfs, {bar.what}") for bar in found]
+    return figures, bars
 
 
 def demo(settings: Settings, console: Console) -> Found:
@@ -96,6 +102,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[str], Settings, Path | 
     parser.add_argument("--large-rows", type=int, default=default.large_rows)
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="rows of the caches of scale")
     parser.add_argument("--folder", type=Path, default=default.folder, help="where caches are written and deleted")
+    parser.add_argument(
+        "--tmpfs", type=Path, default=None, help="a folder in memory, for the write rate without a disk"
+    )
     parser.add_argument("--store-parts", nargs="+", choices=list(STORE_PARTS), default=None)
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args(arguments)
@@ -111,6 +120,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[str], Settings, Path | 
         large_rows=given.large_rows,
         folder=given.folder,
         store_parts=given.store_parts,
+        tmpfs=given.tmpfs,
     )
     parts = given.only or [name for name in PARTS if given.full or name not in ON_DEMAND]
     return parts, settings, given.json

@@ -50,6 +50,7 @@ class Settings:
         quaterion: The interpreter of Quaterion's environment.
         store: Sizes of the figures of the store.
         store_parts: Which of them are taken; ``None``: all.
+        tmpfs: A folder in memory where the write rate is taken as well; ``None``: it is not.
     """
 
     rounds: int = 5
@@ -66,6 +67,7 @@ class Settings:
     quaterion: Path = QUATERION
     store: Sizes = field(default=FULL)
     store_parts: list[str] | None = None
+    tmpfs: Path | None = None
 
     def with_quaterion(self, console: Console) -> bool:
         """Say whether Quaterion takes part; where it does not, print how it would."""

@@ -58,7 +58,12 @@ def bars(axes: Axes, values: Mapping[str, float], title: str, unit: str, *, log:
     """
     names = sorted(values, key=lambda name: values[name], reverse=True)
     colours = [OURS if is_ours(name) else FLOOR if name in FLOORS else OTHERS for name in names]
-    axes.barh([NAMES.get(name, name) for name in names], [values[name] for name in names], color=colours, height=0.72)
+    axes.barh(
+        [NAMES.get(name, name.replace("quaterion", NAMES["quaterion"])) for name in names],
+        [values[name] for name in names],
+        color=colours,
+        height=0.72,
+    )
     if log:
         axes.set_xscale("log")
         axes.set_xlim(min(values.values()) / 3, max(values.values()) * 6)
@@ -116,7 +121,7 @@ def cheap_panels(parts: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     """Give what draws the encoding with static embeddings."""
     part = parts["fill-cheap"]
     us = {name: 1e3 * value for name, value in part["ms_per_text"].items()}
-    title = f"First encoding, static embeddings, {part['texts']:,} glosses"
+    title = f"First encoding, static embeddings, {_rows(part['texts'])} glosses"
     return [lambda axes: bars(axes, us, title, "microseconds a text")]
 
 

@@ -491,6 +491,19 @@ def test_every_part_of_the_store_is_measured_and_leaves_no_file(tmp_path, in_thi
         assert arguments[-2:] == ["--shard-bytes", str(TINY.shard_bytes)], name  # several shards, though it is tiny
 
 
+@linux
+def test_write_rate_is_taken_in_another_folder_too_where_one_is_named(tmp_path, in_this_process, quiet):
+    given = replace(
+        SMALL, store=TINY, store_parts=["hashing"], folder=tmp_path / "disk", tmpfs=tmp_path / "memory", rounds=1
+    )
+    figures, bars = command.store(given, quiet)
+    assert set(figures) == {"sizes", "hashing", "write_rate_tmpfs"}
+    assert [bar.bar for bar in bars if bar.what.startswith("on tmpfs, write rate")] == [0.8, None]
+    written = [argument for name, *arguments in in_this_process if name == "write" for argument in arguments]
+    assert sum(str(tmp_path / "memory") in argument for argument in written) == 3
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
 def test_bars_of_the_store_are_those_that_were_promised(tmp_path, monkeypatch, quiet):
     figures = {
         "bytes": 100_000_000, "seconds": 0.25, "bytes_per_second": 2.0, "per_second": 3e6, "characters": 49.0,
