@@ -9,7 +9,8 @@ MiniLM on descriptions of packages, and static embeddings on glosses:
 * ``quatcache``: a fit with a ``save_dir``, from its begin to its first step;
 * ``quaterion``: the same there, see ``benchmarks.quaterion_contender``.
 
-Each encodes eight texts first, to warm up; loading the encoder is in nobody's time.
+Each does its work on eight texts first, to warm up: a first fit of a process imports more. Loading the encoder is in
+nobody's time.
 """
 
 from __future__ import annotations
@@ -188,10 +189,11 @@ def encode(contender: str, kind: str, count: int, target: str) -> dict[str, floa
     """
     read, load = TEXTS[kind]
     texts, model = read(count), load()
-    model.encode(texts[:8], show_progress_bar=False)
-    folder = Path(f"{target}.cache")
-    folder.mkdir()
-    seconds, vectors = CONTENDERS[contender](model, texts, folder)
+    run, folder = CONTENDERS[contender], Path(f"{target}.cache")
+    for part in ("warm-up", "work"):
+        (folder / part).mkdir(parents=True)
+    run(model, texts[:8], folder / "warm-up")
+    seconds, vectors = run(model, texts, folder / "work")
     np.save(target, vectors)
     return {"seconds": seconds}
 
@@ -223,10 +225,10 @@ def grown(kind: str, count: int, more: int, target: str) -> dict[str, Any]:
     """
     read, load = TEXTS[kind]
     texts, model = list(dict.fromkeys(read(count + more))), load()
-    model.encode(texts[:8], show_progress_bar=False)
+    fill(model, texts[:8], Path(target) / "warm-up")
     kept = texts[: len(texts) - more]
-    first, _, report = fill(model, kept, Path(target))
-    again, rows, second = fill(model, texts, Path(target))
+    first, _, report = fill(model, kept, Path(target) / "work")
+    again, rows, second = fill(model, texts, Path(target) / "work")
     checked = slice(len(kept) - 64, None)
     if not np.allclose(rows[checked], model.encode(texts[checked], show_progress_bar=False), rtol=0, atol=1e-5):
         raise SystemExit("rows of a grown dataset are not those of encode; no figure is given")
