@@ -123,7 +123,8 @@ def cheap_fit(
         dtype: In which the rows are stored; ``None``: float32.
 
     Returns:
-        Seconds to the first step, of the fill and of each epoch; items encoded, and bytes of anonymous memory.
+        Seconds to the first step, of the fill and of each epoch; items encoded, samples read, and bytes of
+        anonymous memory.
     """
     first, clock = FirstStep(), EpochClock()
     with Peak() as memory:
@@ -142,6 +143,7 @@ def cheap_fit(
         "fill_seconds": report.fill_seconds,
         "epoch_seconds": differences([first.at, *clock.ends]),
         "encoded": report.encoded,
+        "read": report.read,
         "anonymous_left": memory.left,
         "anonymous_highest": memory.highest,
     }

@@ -31,6 +31,6 @@ def cold(folder: str, rows: int, batch: int) -> dict[str, Any]:
 def warm(folder: str, rows: int, batch: int, epochs: int, dtype: str | None = None) -> dict[str, Any]:
     """Start warm and train whole epochs."""
     found = cheap_fit(Path(folder), rows, batch, epochs=epochs, dtype=dtype)
-    if found["encoded"]:
+    if found["encoded"] or found["read"]:
         raise SystemExit("a second fit was not a warm start; no figure is given")
     return found
