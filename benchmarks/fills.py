@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.anonymous import Peak
-from benchmarks.rows import ENCODER, WIDTH, check_rows, text_of
+from benchmarks.lean import EpochClock
+from benchmarks.rows import ENCODER, WIDTH, mark, numbers_of, text_of
+from benchmarks.shapes import differences
 from quatcache import CacheConfig, CacheType, Encoder, TrainableModel
 from quatcache.training.lightning import Callback, LightningModule, Trainer
 
@@ -48,14 +50,14 @@ class CheapEncoder(Encoder):
     def forward(self, inputs: Tensor) -> Tensor:
         """Give rows ``(B, 384)``."""
         rows = self.noise.repeat(len(inputs), 1)
-        rows[:, 0] = inputs
+        mark(rows, inputs)
         return rows
 
 
 class CheapModel(TrainableModel):
     """A linear head on the cheap encoder, cached on disk."""
 
-    def __init__(self, folder: Path, batch_size: int, checksums: bool = True) -> None:
+    def __init__(self, folder: Path, batch_size: int, checksums: bool = True, dtype: str | None = None) -> None:
         super().__init__()
         self.config = CacheConfig(
             CacheType.DISK,
@@ -63,6 +65,7 @@ class CheapModel(TrainableModel):
             save_dir=folder,
             checksums=checksums,
             labels=True,
+            dtype=dtype,
             on_miss="error",  # few steps follow, for which rows would be cached as they are met
         )
 
@@ -90,34 +93,46 @@ class FirstStep(Callback):
         self.at = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the time, once, and check that the rows are those of their items: labels tell odd from even."""
+        """Note the time, once, and check that the rows are those of their items."""
         if not self.at:
             self.at = time.perf_counter()
-            rows = batch.inputs[ENCODER]
-            check_rows(rows, rows[:, 0])
-            if not torch.equal(rows[:, 0].long() % 2, batch.targets[0]):
-                raise SystemExit("rows do not go with their labels; no figure is given")
+            self.check(numbers_of(batch.inputs[ENCODER]), batch.targets[0])
+
+    def check(self, numbers: Tensor, targets: Tensor) -> None:
+        """See that labels tell odd from even, and that no row comes twice.
+
+        Args:
+            numbers: Those that the rows of the batch say, ``(B,)``.
+            targets: The labels of the batch, ``(B,)``.
+        """
+        if not torch.equal(numbers % 2, targets) or len(numbers.unique()) < len(numbers):
+            raise SystemExit("rows do not go with their labels; no figure is given")
 
 
-def cheap_fit(folder: Path, rows: int, batch_size: int, checksums: bool = True) -> dict[str, Any]:
-    """Fit for a few steps on tier DISK.
+def cheap_fit(
+    folder: Path, rows: int, batch_size: int, checksums: bool = True, epochs: int = 0, dtype: str | None = None
+) -> dict[str, Any]:
+    """Fit on tier DISK.
 
     Args:
         folder: Where the rows persist.
         rows: Samples of the dataset.
         batch_size: In the fill and in training.
         checksums: Whether they are compared when a cache is opened.
+        epochs: How many; 0: three steps.
+        dtype: In which the rows are stored; ``None``: float32.
 
     Returns:
-        Seconds to the first step and of the fill, items encoded, and bytes of anonymous memory.
+        Seconds to the first step, of the fill and of each epoch; items encoded, samples read, and bytes of
+        anonymous memory.
     """
-    first = FirstStep()
+    first, clock = FirstStep(), EpochClock()
     with Peak() as memory:
-        model = CheapModel(folder, batch_size, checksums)
+        model = CheapModel(folder, batch_size, checksums, dtype)
         loader = DataLoader(Texts(rows), batch_size=batch_size, shuffle=True)
         trainer = Trainer(
-            accelerator="cpu", max_steps=3, callbacks=[first], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", max_steps=-1 if epochs else 3, max_epochs=epochs or None, callbacks=[first, clock],
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         started = time.perf_counter()
         trainer.fit(model, loader)
@@ -126,7 +141,9 @@ def cheap_fit(folder: Path, rows: int, batch_size: int, checksums: bool = True) 
     return {
         "first_step_seconds": first.at - started,
         "fill_seconds": report.fill_seconds,
+        "epoch_seconds": differences([first.at, *clock.ends]),
         "encoded": report.encoded,
+        "read": report.read,
         "anonymous_left": memory.left,
         "anonymous_highest": memory.highest,
     }

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Bar", "machine", "print_bars", "write_json"]
+__all__ = ["Bar", "machine", "merge_json", "print_bars", "read_bars"]
 
 PACKAGES = ("torch", "pytorch-lightning", "safetensors", "sentence-transformers", "transformers", "numpy")
 
@@ -55,18 +55,45 @@ def machine() -> dict[str, Any]:
     }
 
 
-def print_bars(bars: Sequence[Bar], console: Console) -> None:
+def print_bars(bars: Sequence[Bar], console: Console, title: str = "bars") -> None:
     """Print one line per bar."""
-    table = Table("figure", "measured", "bar", "", title="bars")
+    table = Table("figure", "measured", "bar", "", title=title)
     for bar in bars:
         sign = "<=" if bar.at_most else ">="
         verdict = {True: "[green]held[/]", False: "[red]missed[/]", None: "reported"}[bar.held]
-        table.add_row(bar.what, f"{bar.value:.2f}", "" if bar.bar is None else f"{sign} {bar.bar:.2f}", verdict)
+        table.add_row(bar.what, _shown(bar.value), "" if bar.bar is None else f"{sign} {_shown(bar.bar)}", verdict)
     console.print(table)
 
 
-def write_json(path: Path, results: Mapping[str, Any], bars: Sequence[Bar]) -> None:
-    """Write everything measured, the machine beside it."""
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if 0 < abs(value) < 0.1 else f"{value:.2f}"
+
+
+def merge_json(path: Path, part: str, figures: Mapping[str, Any], bars: Sequence[Bar]) -> None:
+    """Write the figures of one part, with the machine that gave them, and leave those of other parts as they are.
+
+    Raises:
+        SystemExit: The file is there and holds something else.
+    """
+    content = _read(path)
+    content[part] = {"machine": machine(), "figures": dict(figures), "bars": [bar.as_json() for bar in bars]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), **results, "bars": [bar.as_json() for bar in bars]}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps({"parts": content}, indent=2, default=str) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_bars(path: Path) -> list[Bar]:
+    """Read the bars of all parts."""
+    parts = _read(path).values()
+    return [Bar(bar["what"], bar["value"], bar["bar"], bar["at_most"]) for part in parts for bar in part["bars"]]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path} holds no figures of these benchmarks; name another file") from None
+    return parts

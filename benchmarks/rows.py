@@ -1,7 +1,7 @@
-"""A cache of any size whose every row can be checked without a second copy: the first value of row *i* is *i*.
+"""A cache of any size whose every row can be checked without a second copy: its first three values say which it is.
 
-The other values are noise, drawn block by block, so that a cache larger than memory can be written, and that nothing
-between here and the disk can compress it.
+They are the digits of its number to base 256, which every float type can hold. The other values are noise, drawn block
+by block, so that a cache larger than memory can be written, and that nothing between here and the disk can compress it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ __all__ = [
     "ENCODER",
     "WIDTH",
     "check_rows",
+    "extend_cache",
     "keys_of",
+    "mark",
+    "numbers_of",
     "open_store",
     "random_batches",
     "row_blocks",
@@ -32,8 +35,8 @@ WIDTH = 384
 ENCODER = "default"
 DIGEST = "0123456789abcdef" * 2
 BLOCK = 1 << 13
-LARGEST = 1 << 24
-"""Whole numbers are exact in float32 up to here."""
+BASE = 256
+LARGEST = BASE**3
 
 
 def text_of(index: int) -> str:
@@ -53,13 +56,30 @@ def row_blocks(rows: int) -> Iterator[tuple[int, Tensor]]:
         rows: How many in all, at most 2^24.
     """
     if not 0 < rows <= LARGEST:
-        raise SystemExit(f"{rows} rows cannot be told apart by a float32; ask for 1 to {LARGEST}")
+        raise SystemExit(f"{rows} rows cannot be told apart by three digits; ask for 1 to {LARGEST}")
     noise = torch.randn(BLOCK, WIDTH, generator=torch.Generator().manual_seed(0))
     for start in range(0, rows, BLOCK):
         count = min(BLOCK, rows - start)
         block = torch.roll(noise, start // BLOCK, dims=1)[:count].clone()
-        block[:, 0] = torch.arange(start, start + count)
+        mark(block, torch.arange(start, start + count))
         yield start, block
+
+
+def mark(rows: Tensor, indices: Tensor) -> None:
+    """Write its number into each row, in place.
+
+    Args:
+        rows: ``(B, 384)``.
+        indices: ``(B,)`` int64, below 2^24.
+    """
+    for place in range(3):
+        rows[:, place] = indices // BASE**place % BASE
+
+
+def numbers_of(rows: Tensor) -> Tensor:
+    """Read the numbers ``(B,)`` int64 of rows ``(B, 384)``."""
+    digits = rows[:, :3].long()
+    return digits[:, 0] + BASE * (digits[:, 1] + BASE * digits[:, 2])
 
 
 def check_rows(rows: Tensor, indices: Tensor) -> None:
@@ -69,7 +89,7 @@ def check_rows(rows: Tensor, indices: Tensor) -> None:
         rows: ``(B, 384)``.
         indices: ``(B,)``.
     """
-    if rows.shape != (len(indices), WIDTH) or not torch.equal(rows[:, 0], indices.float()):
+    if rows.shape != (len(indices), WIDTH) or not torch.equal(numbers_of(rows), indices):
         raise SystemExit("wrong rows came back; no figure is given")
 
 
@@ -86,6 +106,32 @@ def write_cache(folder: Path, rows: int) -> None:
     store.flush()
     keys = keys_of(range(rows)).reshape(rows, 1, 2)
     CacheDirectory(folder).write_table(DatasetTable({ENCODER: keys}, None, "group"))
+
+
+def extend_cache(folder: Path, rows: int) -> None:
+    """Let a cache that a fit of its first few items made have rows of many, at the cost of writing them.
+
+    The encoder is not asked: the row of item *i* is the one of :func:`row_blocks`. The new items join the store and the
+    dataset as if that fit had met them, with targets ``i % 2``.
+
+    Args:
+        folder: The ``save_dir`` of the fit; one encoder, samples ``(text_of(i), i % 2)``.
+        rows: How many items there are to be.
+    """
+    directory = CacheDirectory(folder)
+    (manifest,) = directory.manifests()
+    (table,) = directory.tables([ENCODER])
+    dtype = None if manifest.dtype == manifest.given_dtype else manifest.dtype
+    store = directory.store(manifest.digest, manifest.facts, dtype)
+    keys = np.empty((rows, 1, 2), np.int64)
+    for start, block in row_blocks(rows):
+        part = keys_of(range(start, start + len(block)))
+        keys[start : start + len(block), 0] = part
+        fresh = store.missing(part)
+        store.put_many(part[fresh], block[torch.from_numpy(fresh)])
+    store.flush()
+    targets = None if table.targets is None else tuple((torch.arange(rows) % 2).to(t.dtype) for t in table.targets)
+    directory.write_table(DatasetTable({ENCODER: keys}, targets, table.layout))
 
 
 def random_batches(rows: int, size: int) -> Iterator[Tensor]:
