@@ -133,9 +133,10 @@ def test_stepping_aside_in_the_middle_of_an_epoch_ends_the_threads_at_once(tmp_p
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(bool(reading()))
 
-    ahead = run(on_disk(tmp_path), [ThawsAtStep(3), Looks()], epochs=1)
+    data = loader(Texts(texts(160)), shuffle=True)  # so many that threads would go on reading
+    ahead = run(on_disk(tmp_path), [ThawsAtStep(3), Looks()], data, epochs=1)
     assert seen[0] and not any(seen[3:])
-    assert same_run(ahead, run(None, [ThawsAtStep(3)], epochs=1))
+    assert same_run(ahead, run(None, [ThawsAtStep(3)], data, epochs=1))
 
 
 def test_an_error_in_a_thread_changes_nothing_and_one_in_the_step_is_told(tmp_path, monkeypatch, touched):
