@@ -214,11 +214,7 @@ class DiskStore:
         return np.flatnonzero(self.rows_of(keys) < 0)
 
     def gather(self, rows: torch.Tensor, device: torch.device | None = None) -> Any:
-        """Read rows ``(B,)`` in the encoder's dtype.
-
-        Args:
-            rows: int64, none negative.
-            device: Of the answer; None: the CPU.
+        """Read rows ``(B,)`` int64, none negative, in the encoder's dtype, to a device or on the CPU.
 
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
