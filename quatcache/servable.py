@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 import quatcache.encoders
+from quatcache.data.devices import to_device
 from quatcache.encoders.encoder import Encoder
-from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError, StoreError
 from quatcache.heads import head_from_config, head_input, head_to_config
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
+from quatcache.data.devices import to_device
 from quatcache.data.samples import (
     ReadSample,
     SampleLayout,
@@ -43,6 +44,10 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Any]
     targets: tuple[Any, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """Bring the tensors of a batch to a device; Lightning asks for it, and then need not look for them itself."""
+        return Batch(to_device(self.inputs, device), to_device(self.targets, device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from quatcache.data.devices import to_device
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
 from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
@@ -29,7 +30,7 @@ from quatcache.encoders.saved import (
     write_settings,
 )
 from quatcache.encoders.serialised import JSON
-from quatcache.encoders.weights import copy_without_weights, package_of, to_device
+from quatcache.encoders.weights import copy_without_weights, package_of
 from quatcache.errors import ConfigError, FormatError, ModelDefinitionError
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from quatcache.data.devices import to_device
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
 from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
 from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
-from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
 from quatcache.heads.pooling import Pooling, check_pooling, pool
 from quatcache.sequences import PaddedSequences

@@ -34,7 +34,6 @@ __all__ = [
     "packed_tensors",
     "tensor_digest",
     "tensors_in",
-    "to_device",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -286,28 +285,3 @@ def copy_without_weights(module: _Module) -> _Module:
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(module, memo)
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Give collated inputs with their tensors on a device, without changing what was passed.
-
-    Args:
-        inputs: Tensors in dicts, lists and tuples, nested as they may be; or an object with ``to``.
-        device: Where the weights are.
-
-    Returns:
-        New containers; tensors that are on the device already are shared, and what is no tensor stays as it is.
-
-    Example:
-        >>> to_device({"ids": torch.ones(2), "modality": "text"}, torch.device("cpu"))
-        {'ids': tensor([1., 1.]), 'modality': 'text'}
-    """
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    if isinstance(inputs, Mapping):
-        return {name: to_device(value, device) for name, value in inputs.items()}
-    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
-        return type(inputs)(*(to_device(value, device) for value in inputs))
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(to_device(value, device) for value in inputs)
-    return inputs.to(device) if callable(getattr(inputs, "to", None)) else inputs

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from quatcache.data.devices import to_device
 from quatcache.encoders import Encoder, Identity, identify
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
-from quatcache.encoders.weights import to_device
 from quatcache.errors import NotFrozenError, StoreError
 from quatcache.store import CacheDirectory, RowStore, TensorStore
 from quatcache.training.config import CacheConfig

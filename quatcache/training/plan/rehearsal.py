@@ -15,9 +15,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from quatcache.data.devices import to_device
 from quatcache.encoders import Encoder
 from quatcache.encoders.frozen import FrozenEncoder
-from quatcache.encoders.weights import to_device
 from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError
 from quatcache.training.callback import CacheCallback
 from quatcache.training.config import CacheConfig, checked_config
