@@ -14,11 +14,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from quatcache.encoders.deferred import Deferred, as_if_alone
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
+from quatcache.encoders.layouts import has_pad_token, local_folder, transformer_size
 from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
 from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
@@ -99,19 +102,38 @@ class TransformersEncoder(Encoder):
         self.pooling = pooling
         self.normalize = normalize
         self.prompt = prompt
-        self.model, self._tokenizer = self._load_model(model, tokenizer)
-        if truncation_side is not None and self._tokenizer.truncation_side != truncation_side:
-            self._tokenizer = copy.deepcopy(self._tokenizer)  # it may be the caller's, for other uses
-            self._tokenizer.truncation_side = truncation_side
-        if self._tokenizer.pad_token is None:
+        self._max_length, self._truncation_side = max_length, truncation_side
+        self._names: tuple[Any, Any] = (_absolute(model), _absolute(tokenizer))
+        self._tokenizer: Any = None
+        self._modules["model"] = None  # the first of the modules, whenever it is loaded
+        if not trainable:
+            self._deferred = _deferred(*self._names)
+        if self._deferred is None:
+            with as_if_alone(torch.get_default_dtype()):
+                self._modules["model"] = self._load_deferred()
+            self._names = (None, None)
+            if not trainable:
+                self.model.requires_grad_(False)
+        if not trainable:
+            self.eval()
+
+    def _load_deferred(self) -> PreTrainedModel:
+        model, tokenizer = self._load_model(*self._names)
+        side = self._truncation_side
+        if side is not None and tokenizer.truncation_side != side:
+            tokenizer = copy.deepcopy(tokenizer)  # it may be the caller's, for other uses
+            tokenizer.truncation_side = side
+        if tokenizer.pad_token is None:
             raise ConfigError(
                 "the tokenizer has no pad_token, so texts of different lengths cannot be batched; set "
                 "tokenizer.pad_token = tokenizer.eos_token and pass the tokenizer"
             )
-        self.max_length = max_length if max_length is not None else self._own_max_length()
-        if not trainable:
-            self.model.requires_grad_(False)
-            self.eval()
+        self._tokenizer = tokenizer
+        return model
+
+    def loads_with(self) -> dict[str, JSON]:
+        """List the settings that model and tokenizer are loaded with."""
+        return {"max_length": self._max_length, "truncation_side": self._truncation_side}
 
     @staticmethod
     def _load_model(
@@ -142,19 +164,39 @@ class TransformersEncoder(Encoder):
         positions = getattr(self.model.config, "max_position_embeddings", None)
         limits = [
             limit
-            for limit in (self._tokenizer.model_max_length, positions)
+            for limit in (self.tokenizer.model_max_length, positions)
             if isinstance(limit, int) and 0 < limit < 10**9
         ]
         return min(limits, default=None)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model; a frozen one that was named is loaded when it is first asked for."""
+        self.ensure_loaded()
+        return self._modules["model"]  # type: ignore[return-value]
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
-        return self._tokenizer
+        """The tokenizer; loaded with the model."""
+        self.ensure_loaded()
+        return self._tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens of a text count; None: all."""
+        if self._max_length is None:
+            return self._own_max_length()
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, length: int | None) -> None:
+        self._max_length = length
 
     @property
     def embedding_size(self) -> int:
         """Size of the model's hidden states."""
+        if self._deferred is not None and not self.loaded:
+            return self._deferred.embedding_size
         size = getattr(self.model.config, "hidden_size", None)
         if not isinstance(size, int):
             raise ModelDefinitionError(
@@ -181,13 +223,14 @@ class TransformersEncoder(Encoder):
             "input_ids", "attention_mask" and what else the tokenizer gives, each of shape (B, T), padded to the
             longest text.
         """
-        return _Collator(self._tokenizer, self.prompt, self.max_length)(items)
+        return _Collator(self.tokenizer, self.prompt, self.max_length)(items)
 
     def collate_fn(self) -> Callable[[Sequence[str]], dict[str, Tensor]]:
         """Give a callable that holds the tokenizer, not the model; of a subclass, its own ``collate``."""
         if type(self).collate is not TransformersEncoder.collate:
+            self.ensure_loaded()  # once here, and not in each worker
             return self.collate
-        return _Collator(self._tokenizer, self.prompt, self.max_length)
+        return _Collator(self.tokenizer, self.prompt, self.max_length)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | PaddedSequences:
         """Encode tokenized texts.
@@ -220,9 +263,10 @@ class TransformersEncoder(Encoder):
         weights = weight_facts(model_tensors(self.model))
         return {
             **model_facts(self.model),
-            **processor_facts(self._tokenizer),
+            **processor_facts(self.tokenizer),
             **weights,
             **own_facts(self, besides={"model"}),
+            "max_length": self.max_length,
         }
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -250,7 +294,7 @@ class TransformersEncoder(Encoder):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder / _MODEL_FOLDER, safe_serialization=True)
-        self._tokenizer.save_pretrained(folder / _MODEL_FOLDER)
+        self.tokenizer.save_pretrained(folder / _MODEL_FOLDER)
         refuse_code(folder / _MODEL_FOLDER)
         dtype = floating_dtype(self.model)
         write_settings(
@@ -261,7 +305,7 @@ class TransformersEncoder(Encoder):
                 "trainable": self.trainable,
                 "max_length": self.max_length,
                 "prompt": self.prompt,
-                "truncation_side": self._tokenizer.truncation_side,
+                "truncation_side": self.tokenizer.truncation_side,
                 "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             },
         )
@@ -296,6 +340,25 @@ class TransformersEncoder(Encoder):
         encoder = cls(model if dtype is None else model.to(dtype), tokenizer, **settings)
         encoder.eval()
         return encoder
+
+
+def _absolute(model: Any) -> Any:
+    """Make the name of a directory absolute: it may be loaded after a chdir."""
+    if isinstance(model, str | PathLike) and Path(model).is_dir():
+        return Path(model).absolute() if isinstance(model, PathLike) else str(Path(model).absolute())
+    return model
+
+
+def _deferred(model: Any, tokenizer: Any) -> Deferred | None:
+    """Find out what must be known of a model that is loaded later; None: it must be loaded now."""
+    tokenizer = model if tokenizer is None else tokenizer
+    if not isinstance(model, str | PathLike) or not isinstance(tokenizer, str | PathLike):
+        return None
+    folder, place = (local_folder(os.fspath(name), "config.json") for name in (model, tokenizer))
+    size = None if folder is None or place is None else transformer_size(folder, place)
+    if folder is None or place is None or size is None or not has_pad_token(place):
+        return None
+    return Deferred(tuple(dict.fromkeys((folder, place))), size)
 
 
 @dataclass(frozen=True)
