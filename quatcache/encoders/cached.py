@@ -79,17 +79,17 @@ class CachedEncoder(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """Give the modules of the real encoder."""
-        self.encoder.reveal()
+        self.encoder._reveal()
         return super().named_modules(*args, **kwargs)
 
     def named_children(self) -> Any:
         """Give the modules directly inside the real encoder."""
-        self.encoder.reveal()
+        self.encoder._reveal()
         return super().named_children()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Collect the weights of the real encoder."""
-        self.encoder.reveal()
+        self.encoder._reveal()
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ class CachedEncoder(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Give a module of the real encoder."""
         if name in self.__dict__.get("_modules", ()):
-            self.encoder.reveal()
+            self.encoder._reveal()
         return super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ from torch import nn
 
 from quatcache.encoders.serialised import JSON
 
-if TYPE_CHECKING:
-    from quatcache.encoders.encoder import Encoder
-
-__all__ = ["Deferred", "as_if_alone", "deciding_versions", "passing_over"]
+__all__ = ["Deferred", "as_if_alone", "deciding_versions", "is_loaded", "passing_over"]
 
 _DECIDE = (
     *("quatcache", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "sentencepiece", "tiktoken"),
@@ -90,8 +87,13 @@ class Deferred:
         return {**self.__dict__, "held": 0, "listeners": []}
 
 
+def is_loaded(encoder: Any) -> bool:
+    """Whether an encoder's model is in memory; only frozen adapters that were given a name put off loading it."""
+    return bool(encoder._deferred is None or encoder._modules.get("model") is not None)
+
+
 @contextmanager
-def passing_over(encoders: Iterable[Encoder]) -> Iterator[None]:
+def passing_over(encoders: Iterable[Any]) -> Iterator[None]:
     """Walk through modules without loading what is not loaded.
 
     Args:
@@ -117,7 +119,7 @@ def as_if_alone(dtype: torch.dtype) -> Iterator[None]:
     Args:
         dtype: Default dtype of torch; mixed precision changes it in a step.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     drawn, drawn_by_numpy, before = random.getstate(), np.random.get_state(), torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(list(devices)))

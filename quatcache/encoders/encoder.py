@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from quatcache.encoders.deferred import Deferred, as_if_alone, passing_over
+from quatcache.encoders.deferred import Deferred, as_if_alone, is_loaded, passing_over
 from quatcache.encoders.facts import module_facts
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import assign_tensors, named_tensors
@@ -214,11 +214,6 @@ class Encoder(nn.Module):
 
     # An encoder whose model is loaded when it is needed
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the model is in memory; only the adapters put off loading theirs, and only while they are frozen."""
-        return self._deferred is None or self._modules.get("model") is not None
-
     def ensure_loaded(self) -> None:
         """Load the model, unless it is.
 
@@ -226,7 +221,7 @@ class Encoder(nn.Module):
             ConfigError: It cannot be loaded.
             ModelDefinitionError: Its embeddings are not of the size that its files told.
         """
-        if self._deferred is None or self.loaded:
+        if self._deferred is None or is_loaded(self):
             return
         deferred, size = self._deferred, self.embedding_size
         self._deferred = None
@@ -250,11 +245,11 @@ class Encoder(nn.Module):
     def _load_deferred(self) -> nn.Module:
         raise NotImplementedError
 
-    def loads_with(self) -> dict[str, JSON]:
+    def _loads_with(self) -> dict[str, JSON]:
         """List the settings that a model which is not loaded will be loaded with, beside the encoder's own facts."""
         return {}
 
-    def reveal(self) -> None:
+    def _reveal(self) -> None:
         """Load the model for whoever looks inside, unless modules are walked through in passing."""
         if self._deferred is not None and not self._deferred.held:
             self.ensure_loaded()
@@ -266,29 +261,30 @@ class Encoder(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Give all modules, and so parameters and buffers; what is not loaded is loaded first."""
-        self.reveal()
-        return super().named_modules(memo, prefix, remove_duplicate)
+        self._reveal()
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Give the modules directly inside; what is not loaded is loaded first."""
-        self.reveal()
+        self._reveal()
         return super().named_children()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Collect all weights; what is not loaded is loaded first."""
-        self.reveal()
+        self._reveal()
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if not prefix or any(key.startswith(prefix) for key in state_dict):
-            self.reveal()
+            self._reveal()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if recurse and self._deferred is not None and not self.loaded and not self._deferred.note(fn):
+        if recurse and self._deferred is not None and not is_loaded(self) and not self._deferred.note(fn):
             self.ensure_loaded()
         with self._passed_over():
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the encoder's tensors as safetensors, with a small JSON file beside them.

@@ -15,14 +15,64 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["cache_of_sentence_transformers", "has_pad_token", "local_folder", "saved_prompts", "sentence_transformer_size", "transformer_size"]
+from quatcache.encoders.deferred import Deferred
+
+__all__ = [
+    "absolute",
+    "sentence_transformer_later",
+    "sentence_transformer_size",
+    "transformer_later",
+    "transformer_size",
+]
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _WITHOUT_SIZE = frozenset({"Normalize", "Dropout"})
 _ELSEWHERE = "name_or_path"
 
 
-def local_folder(name: str, file: str, cache: str | None = None, owner: str | None = None) -> Path | None:
+def absolute(name: Any) -> Any:
+    """Make the name of a directory absolute, for it may be used after a chdir; anything else stays as it is."""
+    return str(Path(name).absolute()) if isinstance(name, str | os.PathLike) and Path(name).is_dir() else name
+
+
+def sentence_transformer_later(name: str, prompt_name: str | None) -> Deferred | None:
+    """Find out what must be known of a sentence-transformers model that is loaded later.
+
+    Args:
+        name: Its directory, or its name on the hub.
+        prompt_name: The prompt that it must have; None: any.
+
+    Returns:
+        That; None: it must be loaded now.
+    """
+    folder = _local_folder(name, "modules.json", os.environ.get("SENTENCE_TRANSFORMERS_HOME"), "sentence-transformers")
+    size = None if folder is None else sentence_transformer_size(folder)
+    if folder is None or size is None or not (prompt_name is None or prompt_name in _saved_prompts(folder)):
+        return None
+    return Deferred((folder,), size)
+
+
+def transformer_later(model: object, tokenizer: object) -> Deferred | None:
+    """Find out what must be known of a transformers model that is loaded later.
+
+    Args:
+        model: Its directory, or its name on the hub; what is loaded already needs nothing.
+        tokenizer: That of its tokenizer; None: the same.
+
+    Returns:
+        That; None: it must be loaded now.
+    """
+    tokenizer = model if tokenizer is None else tokenizer
+    if not isinstance(model, str) or not isinstance(tokenizer, str):
+        return None
+    folder, place = (_local_folder(name, "config.json") for name in (model, tokenizer))
+    size = None if folder is None or place is None else transformer_size(folder, place)
+    if folder is None or place is None or size is None or not _has_pad_token(place):
+        return None
+    return Deferred(tuple(dict.fromkeys((folder, place))), size)
+
+
+def _local_folder(name: str, file: str, cache: str | None = None, owner: str | None = None) -> Path | None:
     """Find the folder of a model, as its library would.
 
     Of a model of the hub that is in the local cache, the revision is compared with that of the hub (unless offline).
@@ -75,7 +125,7 @@ def sentence_transformer_size(folder: Path) -> int | None:
     return size
 
 
-def saved_prompts(folder: Path) -> frozenset[str]:
+def _saved_prompts(folder: Path) -> frozenset[str]:
     """Name the prompts that a sentence-transformers model was saved with."""
     config = _read(folder / "config_sentence_transformers.json")
     prompts = config.get("prompts") if isinstance(config, dict) else None
@@ -99,7 +149,7 @@ def transformer_size(folder: Path, tokenizer: Path | None = None) -> int | None:
     return _number(config, "hidden_size")
 
 
-def has_pad_token(folder: Path) -> bool:
+def _has_pad_token(folder: Path) -> bool:
     """Whether a tokenizer was saved with a token for padding."""
     configs = (_read(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     return any(bool(config.get("pad_token")) for config in configs if isinstance(config, dict))
@@ -156,8 +206,3 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def cache_of_sentence_transformers() -> str | None:
-    """Give the folder in which sentence-transformers keeps models of the hub; None: the hub's own."""
-    return os.environ.get("SENTENCE_TRANSFORMERS_HOME")

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from quatcache.encoders.deferred import Deferred, as_if_alone
+from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
-from quatcache.encoders.layouts import cache_of_sentence_transformers, local_folder, saved_prompts, sentence_transformer_size
+from quatcache.encoders.layouts import absolute, sentence_transformer_later
 from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
 from quatcache.encoders.saved import (
     read_settings,
@@ -112,7 +112,7 @@ class SentenceTransformerEncoder(Encoder):
         self._modules["model"] = None  # the first of the modules, whenever it is loaded
         self._name = _checked_name(model)
         if self._name is not None and not trainable:
-            self._deferred = _deferred(self._name, prompt_name)
+            self._deferred = sentence_transformer_later(self._name, prompt_name)
         if self._deferred is None:
             if isinstance(model, str | PathLike):
                 with as_if_alone(torch.get_default_dtype()):
@@ -137,7 +137,7 @@ class SentenceTransformerEncoder(Encoder):
             model.max_seq_length = self._max_seq_length
         return model
 
-    def loads_with(self) -> dict[str, JSON]:
+    def _loads_with(self) -> dict[str, JSON]:
         """List the settings that the model is loaded with."""
         return {
             "prompt": self._prompt,
@@ -183,7 +183,7 @@ class SentenceTransformerEncoder(Encoder):
     @property
     def embedding_size(self) -> int:
         """Size of a row, after truncation."""
-        if self._deferred is not None and not self.loaded:
+        if self._deferred is not None and not is_loaded(self):
             told = self._deferred.embedding_size
             return told if self.truncate_dim is None else min(told, self.truncate_dim)
         # Renamed in version 5.2 of sentence-transformers; the old name warns there.
@@ -361,20 +361,9 @@ def _checked_name(model: Any) -> str | None:
             f"model is of type {type(model).__qualname__}; pass a directory, a hub name or a loaded SentenceTransformer"
         )
     name = os.fspath(model)
-    if Path(name).is_dir():
-        return str(Path(name).absolute())  # it may be loaded after a chdir
-    if isinstance(model, PathLike) or _is_path(name):
+    if (isinstance(model, PathLike) or _is_path(name)) and not Path(name).is_dir():
         raise _unloadable(name, "there is no such directory")
-    return name
-
-
-def _deferred(name: str, prompt_name: str | None) -> Deferred | None:
-    """Find out what must be known of a model that is loaded later; None: it must be loaded now."""
-    folder = local_folder(name, "modules.json", cache_of_sentence_transformers(), owner="sentence-transformers")
-    size = None if folder is None else sentence_transformer_size(folder)
-    if folder is None or size is None or not (prompt_name is None or prompt_name in saved_prompts(folder)):
-        return None
-    return Deferred((folder,), size)
+    return str(absolute(name))
 
 
 def _is_path(name: str) -> bool:

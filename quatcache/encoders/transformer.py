@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from quatcache.encoders.deferred import Deferred, as_if_alone
+from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
-from quatcache.encoders.layouts import has_pad_token, local_folder, transformer_size
+from quatcache.encoders.layouts import absolute, transformer_later
 from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
 from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
@@ -102,12 +102,13 @@ class TransformersEncoder(Encoder):
         self.pooling = pooling
         self.normalize = normalize
         self.prompt = prompt
-        self._max_length, self._truncation_side = max_length, truncation_side
-        self._names: tuple[Any, Any] = (_absolute(model), _absolute(tokenizer))
+        self._max_length, self._length_is_open = max_length, max_length is None
+        self._truncation_side = truncation_side
+        self._names = absolute(model), absolute(tokenizer)
         self._tokenizer: Any = None
         self._modules["model"] = None  # the first of the modules, whenever it is loaded
         if not trainable:
-            self._deferred = _deferred(*self._names)
+            self._deferred = transformer_later(*self._names)
         if self._deferred is None:
             with as_if_alone(torch.get_default_dtype()):
                 self._modules["model"] = self._load_deferred()
@@ -131,9 +132,13 @@ class TransformersEncoder(Encoder):
         self._tokenizer = tokenizer
         return model
 
-    def loads_with(self) -> dict[str, JSON]:
+    def _loads_with(self) -> dict[str, JSON]:
         """List the settings that model and tokenizer are loaded with."""
-        return {"max_length": self._max_length, "truncation_side": self._truncation_side}
+        return {
+            "max_length": self._max_length,
+            "length_is_open": self._length_is_open,
+            "truncation_side": self._truncation_side,
+        }
 
     @staticmethod
     def _load_model(
@@ -184,18 +189,16 @@ class TransformersEncoder(Encoder):
     @property
     def max_length(self) -> int | None:
         """How many tokens of a text count; None: all."""
-        if self._max_length is None:
-            return self._own_max_length()
-        return self._max_length
+        return self._own_max_length() if self._length_is_open else self._max_length
 
     @max_length.setter
     def max_length(self, length: int | None) -> None:
-        self._max_length = length
+        self._max_length, self._length_is_open = length, False
 
     @property
     def embedding_size(self) -> int:
         """Size of the model's hidden states."""
-        if self._deferred is not None and not self.loaded:
+        if self._deferred is not None and not is_loaded(self):
             return self._deferred.embedding_size
         size = getattr(self.model.config, "hidden_size", None)
         if not isinstance(size, int):
@@ -340,25 +343,6 @@ class TransformersEncoder(Encoder):
         encoder = cls(model if dtype is None else model.to(dtype), tokenizer, **settings)
         encoder.eval()
         return encoder
-
-
-def _absolute(model: Any) -> Any:
-    """Make the name of a directory absolute: it may be loaded after a chdir."""
-    if isinstance(model, str | PathLike) and Path(model).is_dir():
-        return Path(model).absolute() if isinstance(model, PathLike) else str(Path(model).absolute())
-    return model
-
-
-def _deferred(model: Any, tokenizer: Any) -> Deferred | None:
-    """Find out what must be known of a model that is loaded later; None: it must be loaded now."""
-    tokenizer = model if tokenizer is None else tokenizer
-    if not isinstance(model, str | PathLike) or not isinstance(tokenizer, str | PathLike):
-        return None
-    folder, place = (local_folder(os.fspath(name), "config.json") for name in (model, tokenizer))
-    size = None if folder is None or place is None else transformer_size(folder, place)
-    if folder is None or place is None or size is None or not has_pad_token(place):
-        return None
-    return Deferred(tuple(dict.fromkeys((folder, place))), size)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from quatcache.encoders import Encoder, Identity, identify
+import torch
+
+from quatcache.encoders import Encoder, Identity
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.encoders.weights import to_device
@@ -18,6 +20,7 @@ from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import ChunkReader, KeyScheme, unkeyable
 from quatcache.training.lightning import LightningModule, Trainer
 from quatcache.training.opening import canary_for, open_rows
+from quatcache.training.recall import Recall
 
 __all__ = ["RunEncoders"]
 
@@ -37,8 +40,10 @@ class RunEncoders:
         check: Called before items are encoded; sees that encoders are still those that made the rows.
 
     Attributes:
+        real: All encoders of the module.
         fills: The encoders that are cached, once they were opened.
         unwritable: Why nothing can be written; raised when an item must be encoded in a fill.
+        recall: Knows encoders that are not loaded.
     """
 
     def __init__(
@@ -57,12 +62,14 @@ class RunEncoders:
         self._trainer = trainer
         self._module = module
         self._config = config
-        self._real = real
+        self.real = real
         self._names = names
         self._directory = directory
         self._check = check
         self._frozen: dict[str, FrozenEncoder] = {}
         self._identities: dict[str, Identity] = {}
+        known = None if directory is None or config.save_dir is None else directory.models
+        self.recall = Recall(known, autocast_of(str(trainer.precision)))
 
     def open(self, readers: Iterable[ChunkReader], capacity: int) -> None:
         """Open a store for every encoder to be cached.
@@ -80,7 +87,7 @@ class RunEncoders:
         device = self._module.device
         stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
         for name in self._names:
-            encoder = self._real[name]
+            encoder = self.real[name]
             prove_fixed(name, encoder)
             scheme = KeyScheme.of(name, encoder, self._config.extractor_of(name))
             reason = unkeyable(scheme, readers)
@@ -112,7 +119,7 @@ class RunEncoders:
                     stores[own],
                     self._config,
                     partial(self._frozen_encoder, name),
-                    {tensor.dtype for tensor in encoder.parameters()},
+                    partial(_dtypes, encoder),
                     self._trainer,
                     device,
                 ),
@@ -123,7 +130,7 @@ class RunEncoders:
             )
 
     def _identity(self, name: str) -> Identity:
-        return identify(self._real[name], autocast=autocast_of(str(self._trainer.precision)))
+        return self.recall.identity(name, self.real[name])
 
     def _see_identities(self) -> None:
         """See that the encoders still are what their rows are stored under: rows of others must not be.
@@ -152,8 +159,12 @@ class RunEncoders:
             precision, device = self._trainer.precision_plugin, self._module.device
             self._frozen[name] = FrozenEncoder(
                 name,
-                self._real[name],
+                self.real[name],
                 place=lambda inputs: to_device(precision.convert_input(inputs), device),
                 context=precision.forward_context,
             )
         return self._frozen[name]
+
+
+def _dtypes(encoder: Encoder) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in encoder.parameters()}

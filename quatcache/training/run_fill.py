@@ -151,6 +151,19 @@ class RunFill:
             logger.warning("%s", error)
         self._warn_of_keys()
 
+    def check_loaded(self, name: str) -> None:
+        """Hold an encoder that was just loaded against what its rows were found by.
+
+        Raises:
+            StaleRowsError: It is another one.
+        """
+        self._opened.recall.check(name, self._opened.real[name])
+
+    def note(self) -> None:
+        """Note what was found out about models, for runs that need not load them."""
+        if self._opened.unwritable is None:
+            self._opened.recall.note()
+
     def flush(self) -> None:
         """Commit what was put.
 

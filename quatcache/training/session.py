@@ -19,6 +19,7 @@ from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
+from quatcache.encoders.deferred import is_loaded
 from quatcache.errors import NotFrozenError
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
@@ -89,6 +90,11 @@ class CacheSession:
         self._choices: list[ViewChoice] = []
         self.sources = LoaderSources(trainer, self._convert)
         leave_to_ranks(module, self._real)
+        self._waiting = {
+            name: deferred for name in self._cached if (deferred := self._real[name]._deferred) is not None
+        }
+        for name, deferred in self._waiting.items():
+            deferred.listeners.append(partial(self._see_loaded, name))
         self._quiet: list[Any] = []
         self._gather = RowGatherer(self.look, self._meetings.answer)
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
@@ -168,6 +174,12 @@ class CacheSession:
 
     def _collates(self, names: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], Any]]:
         return {name: self._real[name].collate_fn() for name in names}
+
+    def _see_loaded(self, name: str) -> None:
+        """See that an encoder which is loaded only now is the one whose rows are used."""
+        leave_to_ranks(self._module, self._real)
+        self._fill.check_loaded(name)
+        self.guard.check_unchanged()
 
     def _check(self) -> None:
         self.guard.check_unchanged()
@@ -250,6 +262,7 @@ class CacheSession:
                 self._meet(key, fill)
         self._datasets.update({**whole, **parts})
         self._settle(whole)
+        self._fill.note()
         self.guard.remember()
         self._swap()
         self.report.fill_seconds += time.monotonic() - started
@@ -301,6 +314,7 @@ class CacheSession:
         """Bring the report up to date."""
         for name, placement in self._placed.items():
             self.report.encoders[name] = self._fill.encoders[name].report(placement)
+            self.report.encoders[name].loaded = is_loaded(self._real[name])
 
     def _swap(self) -> None:
         for name in self._cached:
@@ -324,6 +338,8 @@ class CacheSession:
         for entry in self._quiet:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
+        for deferred in self._waiting.values():
+            deferred.listeners.clear()
         self._put_back()
         self.finish()
         self._fill.leave()

@@ -1,4 +1,4 @@
-"""Where a trainer's loops get their loaders from: the one module that knows Lightning's private names.
+"""Where a trainer's loops get their loaders from, and who looks: the one module that knows Lightning's private names.
 
 Each loop holds a source, whose ``dataloader()`` Lightning calls once a run, or again and again with
 ``reload_dataloaders_every_n_epochs``. Replacing the source rather than a loader serves every kind of loader (passed to
@@ -9,12 +9,16 @@ source back: nothing of the user's is modified.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
-from quatcache.training.lightning import CombinedLoader, Trainer
+from quatcache.training.lightning import LIGHTNING_PACKAGES, CombinedLoader, LightningModule, Trainer
 
-__all__ = ["LoaderSources"]
+__all__ = ["LoaderSources", "looks_in_passing", "sums_up"]
+
+_ON_THE_WAY = ("torch.", "quatcache.")
 
 Convert = Callable[[Any, str], Any]
 """From one of the user's loaders, and what it is for (``"train"``, ``"val 1"``), to the loader that takes its place."""
@@ -132,3 +136,31 @@ class LoaderSources:
             if loop._combined_loader is not None:
                 loop._combined_loader = converted.given
         self._replaced.clear()
+
+
+def looks_in_passing(module: LightningModule) -> bool:
+    """Say whether it is Lightning, and no code of the user's, that looks through the parts of a module right now.
+
+    In a run it does so between hooks: to move modules, wrap them, note their modes. In hooks it is the user who looks,
+    or a callback that changes what it finds; except for the model summary, and for the names of logged metrics.
+    """
+    trainer = module._trainer
+    if trainer is None or trainer.state.status != "running":
+        return False
+    return module._current_fx_name is None or sums_up()
+
+
+def sums_up() -> bool:
+    """Say whether the caller works for Lightning's model summary, or looks for the metric that it logs."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if name.startswith(LIGHTNING_PACKAGES):
+            if ".model_summary" in name:
+                return True
+            if not function.startswith("<"):  # a comprehension is part of what it stands in
+                return name.endswith(".core.module") and function == "log"
+        elif not name.startswith(_ON_THE_WAY):
+            return False
+        frame = frame.f_back
+    return False
