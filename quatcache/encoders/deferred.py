@@ -42,7 +42,7 @@ class Deferred:
         embedding_size: Size of its embeddings, as its files say.
         default_dtype: The default dtype of torch when the encoder was made: loading goes by it.
         device: Where the model belongs once it is loaded.
-        dtype: What its weights were cast to since; None: they were not.
+        casts: What its weights were cast to since, one after the other, for each rounds.
         held: How many walks are under way that pass over it.
         listeners: Called when it was loaded. Copies, and encoders that were sent to another process, have none.
     """
@@ -51,7 +51,7 @@ class Deferred:
     embedding_size: int
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     device: torch.device | None = None
-    dtype: torch.dtype | None = None
+    casts: tuple[torch.dtype, ...] = ()
     held: int = 0
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
@@ -69,18 +69,20 @@ class Deferred:
         if single.device.type == "meta" or not (keeps or single.dtype == half.dtype):
             return False
         self.device = single.device
-        if not keeps:
-            self.dtype = single.dtype
+        if not keeps and self.casts[-1:] != (single.dtype,):
+            self.casts += (single.dtype,)
         return True
 
     def place(self, model: nn.Module) -> nn.Module:
         """Freeze a model that was just loaded, and do to it what was noted."""
         model.requires_grad_(False).eval()
-        return model.to(device=self.device, dtype=self.dtype)
+        for dtype in self.casts:
+            model.to(dtype)
+        return model if self.device is None else model.to(self.device)
 
     def facts(self) -> dict[str, JSON]:
         """List what decides the model beside the content of its files."""
-        return {"default_dtype": str(self.default_dtype), "cast": str(self.dtype)}
+        return {"default_dtype": str(self.default_dtype), "casts": [str(dtype) for dtype in self.casts]}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out who waits for this one."""
