@@ -15,7 +15,7 @@ from torch import nn
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.deferred import is_loaded, passing_over
-from quatcache.training.sources import sums_up
+from quatcache.training.sources import is_bookkeeping
 
 __all__ = ["EncoderDict"]
 
@@ -45,8 +45,8 @@ class EncoderDict(nn.ModuleDict):
         }
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Give all modules; what is not loaded is loaded first, but for a summary."""
-        with passing_over(self.real().values() if sums_up() else ()):
+        """Give all modules; what is not loaded is loaded first, but for bookkeeping."""
+        with passing_over(self.real().values() if is_bookkeeping() else ()):
             found: list[tuple[str, nn.Module]] = list(super().named_modules(*args, **kwargs))
         return iter(found)
 

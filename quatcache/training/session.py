@@ -89,6 +89,8 @@ class CacheSession:
         self._placed: dict[str, Placement] = {}
         self._choices: list[ViewChoice] = []
         self.sources = LoaderSources(trainer, self._convert)
+        for name in self._real.keys() - set(self._cached):  # these are needed
+            self._real[name].ensure_loaded()
         leave_to_ranks(module, self._real)
         self._waiting = {
             name: deferred for name in self._cached if (deferred := self._real[name]._deferred) is not None

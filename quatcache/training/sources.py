@@ -16,9 +16,10 @@ from typing import Any
 
 from quatcache.training.lightning import LIGHTNING_PACKAGES, CombinedLoader, LightningModule, Trainer
 
-__all__ = ["LoaderSources", "looks_in_passing", "sums_up"]
+__all__ = ["LoaderSources", "is_bookkeeping", "looks_in_passing"]
 
 _ON_THE_WAY = ("torch.", "quatcache.")
+_BOOKKEEPERS = (*LIGHTNING_PACKAGES, "lightning_fabric.")
 
 Convert = Callable[[Any, str], Any]
 """From one of the user's loaders, and what it is for (``"train"``, ``"val 1"``), to the loader that takes its place."""
@@ -142,21 +143,21 @@ def looks_in_passing(module: LightningModule) -> bool:
     """Say whether it is Lightning, and no code of the user's, that looks through the parts of a module right now.
 
     In a run it does so between hooks: to move modules, wrap them, note their modes. In hooks it is the user who looks,
-    or a callback that changes what it finds; except for the model summary, and for the names of logged metrics.
+    or a callback that changes what it finds; but for some bookkeeping.
     """
+    if is_bookkeeping():
+        return True
     trainer = module._trainer
-    if trainer is None or trainer.state.status != "running":
-        return False
-    return module._current_fx_name is None or sums_up()
+    return trainer is not None and trainer.state.status == "running" and module._current_fx_name is None
 
 
-def sums_up() -> bool:
-    """Say whether the caller works for Lightning's model summary, or looks for the metric that it logs."""
+def is_bookkeeping() -> bool:
+    """Say whether the caller works for Lightning's model summary, a change of device, or the search for a metric."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if name.startswith(LIGHTNING_PACKAGES):
-            if ".model_summary" in name:
+        if name.startswith(_BOOKKEEPERS):
+            if ".model_summary" in name or name.endswith(".device_dtype_mixin"):
                 return True
             if not function.startswith("<"):  # a comprehension is part of what it stands in
                 return name.endswith(".core.module") and function == "log"
