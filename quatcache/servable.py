@@ -96,8 +96,6 @@ class ServableModel(nn.Module):
                 )
         if not isinstance(head, nn.Module):
             raise ModelDefinitionError(f"head is a {type(head).__qualname__}; pass a torch.nn.Module")
-        for encoder in encoders.values():
-            encoder.ensure_loaded()  # what serves is whole: its parameters, its state, its device
         self._names = tuple(sorted(encoders))
         # Not a ModuleDict: that one refuses names with dots, and names like "keys".
         self._encoders = nn.ModuleList(encoders[name] for name in self._names)

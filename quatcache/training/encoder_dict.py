@@ -63,8 +63,7 @@ class EncoderDict(nn.ModuleDict):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, encoder in self.real().items():
-            given = any(key.startswith(f"{prefix}{name}.") for key in state_dict)  # of one that was unfrozen
-            if not encoder.trainable and (is_loaded(encoder) or given):
+            if not encoder.trainable and is_loaded(encoder):  # else it is loaded if it is given weights
                 for key, value in encoder.state_dict().items():
                     state_dict.setdefault(f"{prefix}{name}.{key}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

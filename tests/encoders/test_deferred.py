@@ -44,6 +44,20 @@ def rows(encoder):
         return encoder(encoder.collate(TEXTS))
 
 
+def add_dense(folder, target):
+    """Save a model with a layer behind it."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        from sentence_transformers.sentence_transformer.modules import Dense
+    except ImportError:  # before version 5.2
+        from sentence_transformers.models import Dense
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.append(Dense(SIZE, 5))
+    model.save(str(target), create_model_card=False)
+
+
 NEEDS = {
     "collate": lambda encoder: encoder.collate(TEXTS),
     "collate_fn": lambda encoder: encoder.collate_fn(),
@@ -121,20 +135,26 @@ def test_a_move_that_is_not_understood_loads(tiny):
 
 
 def test_loading_leaves_random_numbers_and_inference_mode_alone(tiny, adapter):
+    class Drawing(adapter):
+        def _load_deferred(self):
+            torch.rand(1), random.random(), np.random.rand()  # as weights do that are made before they are read
+            return super()._load_deferred()
+
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     expected = torch.rand(1).item(), random.random(), np.random.rand()
-    torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    with torch.inference_mode():
-        encoder = adapter(tiny)
-        encoder.ensure_loaded()
-    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+    for trainable in (False, True):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        with torch.inference_mode():
+            encoder = Drawing(tiny, trainable=trainable)
+            encoder.ensure_loaded()
+        assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
     assert not any(parameter.is_inference() for parameter in encoder.parameters())
-    encoder.requires_grad_(True)
     encoder(encoder.collate(TEXTS)).sum().backward()  # what was made in inference mode could not
 
 
-def test_default_dtype_of_a_step_does_not_matter(tiny):
-    encoder = SentenceTransformerEncoder(tiny)
+def test_default_dtype_of_a_step_does_not_matter(tiny, tmp_path):
+    add_dense(tiny, tmp_path / "dense")
+    encoder = SentenceTransformerEncoder(tmp_path / "dense")
     torch.set_default_dtype(torch.bfloat16)
     try:
         encoder.ensure_loaded()
@@ -194,19 +214,10 @@ def test_a_change_inside_before_anything_else_counts(tiny):
 
 
 def test_size_is_that_of_the_model(minilm_path, wordllama, tmp_path, tiny):
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        from sentence_transformers.sentence_transformer.modules import Dense
-    except ImportError:
-        from sentence_transformers.models import Dense
-
     wordllama.save(str(tmp_path / "static"), create_model_card=False)
     two = shutil.copytree(tiny, tmp_path / "two poolings")
     edit_json(two / "1_Pooling" / "config.json", pooling_mode_cls_token=True)
-    dense = SentenceTransformer(str(tiny), device="cpu")
-    dense.append(Dense(SIZE, 5))
-    dense.save(str(tmp_path / "dense"), create_model_card=False)
+    add_dense(tiny, tmp_path / "dense")
     expected = {minilm_path: 384, tmp_path / "static": 256, tiny: SIZE, two: 2 * SIZE, tmp_path / "dense": 5}
     for folder, size in expected.items():
         assert sentence_transformer_size(folder) == size, folder

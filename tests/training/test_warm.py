@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torchmetrics
-from pytorch_lightning.callbacks import BaseFinetuning, ModelSummary, StochasticWeightAveraging
+from pytorch_lightning.callbacks import BaseFinetuning, Callback, ModelSummary, StochasticWeightAveraging
 
 from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
 from quatcache.encoders import identity as identities
@@ -233,22 +233,46 @@ class Unfreeze(BaseFinetuning):
             self.unfreeze_and_add_param_group(self.find(pl_module), optimizer, lr=1e-3)
 
 
+class UnfreezeByHand(Callback):
+    """Unfreezes without looking at the whole model first, as BaseFinetuning does."""
+
+    def __init__(self, find):
+        self.find = find
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            found = self.find(pl_module).requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": [*found.parameters()], "lr": 1e-3})
+
+
 FOUND = {
     "encoder": lambda model: model.encoders["default"],
     "encoders": lambda model: model.encoders,
     "part": lambda model: model.encoders["default"].model[0],
+    "child": lambda model: next(model.encoders["default"].children()),
 }
 
 
 @pytest.mark.parametrize("find", sorted(FOUND))
-def test_unfreezing_in_the_middle_trains_the_encoder(folder, save_dir, find):
+@pytest.mark.parametrize("callback", [Unfreeze, UnfreezeByHand])
+def test_unfreezing_in_the_middle_trains_the_encoder(folder, save_dir, callback, find):
     run(model(folder, save_dir))
     settings = {"max_epochs": 3}
-    warm = run(model(folder, save_dir), callbacks=[Unfreeze(FOUND[find])], **settings)
-    plain = run(model(folder, None), callbacks=[Unfreeze(FOUND[find])], **settings)
+    warm = run(model(folder, save_dir), callbacks=[callback(FOUND[find])], **settings)
+    plain = run(model(folder, None), callbacks=[callback(FOUND[find])], **settings)
     assert warm.train_losses == pytest.approx(plain.train_losses, abs=1e-4)
     frozen = SentenceTransformerEncoder(folder).state_dict()
     assert any(not torch.equal(value, frozen[name]) for name, value in encoder_of(warm).state_dict().items())
+
+
+def test_state_of_a_cached_encoder_is_that_of_the_encoder(folder, save_dir):
+    class Looking(Model):
+        def on_train_epoch_start(self):
+            self.seen = self.encoders["default"].state_dict()
+
+    run(model(folder, save_dir))
+    warm = run(model(folder, save_dir, kind=Looking))
+    assert warm.seen.keys() == SentenceTransformerEncoder(folder).state_dict().keys()
 
 
 def test_averaging_of_weights_has_the_same_parameters_on_both_sides(folder, save_dir):
@@ -397,6 +421,17 @@ def test_precision_counts(folder, save_dir):
     again = run(model(folder, save_dir), precision="64-true")
     assert waits(again)
     assert {parameter.dtype for parameter in encoder_of(again).parameters()} == {torch.float64}
+
+
+def test_cast_counts(folder, save_dir):
+    class Half(Model):
+        def configure_head(self, input_embedding_size):
+            return torch.nn.Linear(input_embedding_size, 5, dtype=torch.bfloat16)
+
+    run(model(folder, save_dir))
+    for wait in (False, True):
+        half = run(model(folder, save_dir, encoder=SentenceTransformerEncoder(folder).to(torch.bfloat16), kind=Half))
+        assert waits(half) == wait and encoded(half) == (0 if wait else COUNT)
 
 
 def test_facts_of_a_subclass_are_not_taken_from_a_note(folder, save_dir):
