@@ -465,6 +465,14 @@ def test_encoder_that_was_changed_in_memory_is_not_noted(folder, save_dir):
     assert encoded(run(model(folder, save_dir))) == COUNT
 
 
+def test_model_that_was_assigned_is_not_noted(folder, save_dir):
+    encoder, other = SentenceTransformerEncoder(folder), SentenceTransformerEncoder(folder, max_seq_length=4)
+    encoder.model = other.model
+    run(model(folder, save_dir, encoder=encoder))
+    assert notes(save_dir) == []
+    assert encoded(run(model(folder, save_dir))) == COUNT
+
+
 def test_change_of_an_encoder_that_was_loaded_in_the_run_stops_it(folder, save_dir):
     from quatcache.errors import NotFrozenError
 
