@@ -61,7 +61,8 @@ class SentenceTransformerEncoder(Encoder):
         model: A directory, a name on the model hub, or a loaded ``SentenceTransformer``. A loaded model is used as it
             is, not copied: it is frozen (unless ``trainable``), and ``max_seq_length`` is set on it.
         trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
-            requiring gradients, at once.
+            requiring gradients, at once. One that was named is loaded when something needs it: a run that finds all
+            of its rows does not.
         prompt: Text to put before every item.
         prompt_name: Name of one of the model's own prompts, instead of ``prompt``.
         role: "query" or "document": encode as ``encode_query`` or ``encode_document`` do, which choose a prompt (if

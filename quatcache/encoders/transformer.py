@@ -54,7 +54,8 @@ class TransformersEncoder(Encoder):
         tokenizer: A loaded tokenizer, its directory or its hub name. None: the one beside the model, which must then
             be a directory or a name.
         trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
-            requiring gradients, at once.
+            requiring gradients, at once. One that was named is loaded when something needs it: a run that finds all
+            of its rows does not.
         pooling: "mean" over the tokens of the text, "cls" (its first token) or "last_token"; padding on either side.
         normalize: Whether to scale rows to length 1.
         max_length: Cut texts after that many tokens, special ones included, at least 1. None: what tokenizer and
