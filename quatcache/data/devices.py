@@ -35,19 +35,15 @@ def to_device(inputs: Any, device: torch.device) -> Any:
         return type(inputs)(*(to_device(value, device) for value in inputs))
     if isinstance(inputs, list | tuple):
         return type(inputs)(to_device(value, device) for value in inputs)
-    if callable(getattr(inputs, "to", None)):
-        return (copy.copy(inputs) if isinstance(inputs, Mapping) else inputs).to(
-            device
-        )  # transformers' change in place
-    if isinstance(inputs, MutableMapping):
-        moved = copy.copy(inputs)
-        moved.update((name, to_device(value, device)) for name, value in inputs.items())
-        return moved
-    if isinstance(inputs, Mapping):
+    moves = callable(getattr(inputs, "to", None))
+    if isinstance(inputs, Mapping) and not moves and not isinstance(inputs, MutableMapping):
         return {name: to_device(value, device) for name, value in inputs.items()}
-    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
-        moved = copy.copy(moved)
+    moved: Any = copy.copy(inputs) if isinstance(inputs, Mapping) or dataclasses.is_dataclass(inputs) else inputs
+    if moves:
+        return moved.to(device)  # mappings of transformers change in place: that is the copy
+    if isinstance(inputs, MutableMapping):
+        moved.update((name, to_device(value, device)) for name, value in inputs.items())
+    elif dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
         for field in dataclasses.fields(inputs):
             object.__setattr__(moved, field.name, to_device(getattr(inputs, field.name), device))
-        return moved
-    return inputs
+    return moved

@@ -97,6 +97,36 @@ class CachedEncoder(nn.Module):
         self.training = self.encoder.training
         return self
 
+    # A real encoder that is not loaded is loaded for whoever looks inside, as if it were in its place
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the modules of the real encoder."""
+        self.encoder._reveal()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Any:
+        """Give the modules directly inside the real encoder."""
+        self.encoder._reveal()
+        return super().named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect the weights of the real encoder."""
+        self.encoder._reveal()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.encoder._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        self.encoder._apply(fn, recurse)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Give a module of the real encoder."""
+        if name in self.__dict__.get("_modules", ()):
+            self.encoder._reveal()
+        return super().__getattr__(name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoder:
         """Copy the real encoder, to where the model is: a copy of a model is not in its run."""
         copied: Encoder = copy.deepcopy(self.encoder, memo)

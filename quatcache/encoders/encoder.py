@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from quatcache.encoders.deferred import Deferred, as_if_alone, is_loaded, passing_over
 from quatcache.encoders.facts import module_facts
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import assign_tensors, named_tensors
@@ -85,6 +87,7 @@ class Encoder(nn.Module):
     """
 
     version: int = 1
+    _deferred: Deferred | None = None
 
     if TYPE_CHECKING:
 
@@ -206,7 +209,82 @@ class Encoder(nn.Module):
         Returns:
             The encoder itself.
         """
-        return super().train(mode and self.trainable)
+        with self._passed_over():
+            return super().train(mode and self.trainable)
+
+    # An encoder whose model is loaded when it is needed
+
+    def ensure_loaded(self) -> None:
+        """Load the model, unless it is.
+
+        Raises:
+            ConfigError: It cannot be loaded.
+            ModelDefinitionError: Its embeddings are not of the size that its files told.
+        """
+        if self._deferred is None or is_loaded(self):
+            return
+        deferred, size = self._deferred, self.embedding_size
+        self._deferred = None
+        try:
+            with as_if_alone(deferred.default_dtype):
+                model = self._load_deferred()
+                self._modules["model"] = deferred.place(model)
+            if self.embedding_size != size:
+                raise ModelDefinitionError(
+                    f"the files in {deferred.folders[0]} tell of embeddings of size {size}, the model itself gives "
+                    f"{self.embedding_size}; pass the loaded model instead of its name"
+                )
+        except BaseException as error:
+            self._modules["model"], self._deferred = None, deferred
+            if isinstance(error, AttributeError):  # a property that raises it looks like an attribute that is not there
+                raise ModelDefinitionError(f"{deferred.folders[0]} cannot be loaded: {error}") from error
+            raise
+        for listener in tuple(deferred.listeners):
+            listener()
+
+    def _load_deferred(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _loads_with(self) -> dict[str, JSON]:
+        """List the settings that a model which is not loaded will be loaded with, beside the encoder's own facts."""
+        return {}
+
+    def _reveal(self) -> None:
+        """Load the model for whoever looks inside, unless modules are walked through in passing."""
+        if self._deferred is not None and not self._deferred.held:
+            self.ensure_loaded()
+
+    def _passed_over(self) -> AbstractContextManager[None]:
+        return passing_over([self])
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Give all modules, and so parameters and buffers; what is not loaded is loaded first."""
+        self._reveal()
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Give the modules directly inside; what is not loaded is loaded first."""
+        self._reveal()
+        return super().named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Collect all weights; what is not loaded is loaded first."""
+        self._reveal()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if not prefix or any(key.startswith(prefix) for key in state_dict):
+            self._reveal()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if recurse and self._deferred is not None and not is_loaded(self) and not self._deferred.note(fn):
+            self.ensure_loaded()
+        with self._passed_over():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the encoder's tensors as safetensors, with a small JSON file beside them.

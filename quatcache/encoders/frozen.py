@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from quatcache.data.batches import collate_items
+from quatcache.encoders.deferred import passing_over
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import EncoderOutputError, NotFrozenError, shorten
 from quatcache.sequences import PaddedSequences
@@ -33,13 +34,15 @@ def prove_fixed(name: str, encoder: Encoder) -> None:
     Raises:
         NotFrozenError: A parameter requires a gradient, or a module is in training mode; the message names it.
     """
-    for path, parameter in encoder.named_parameters():
+    with passing_over([encoder]):  # a model that is loaded later is frozen then
+        parameters, modules = list(encoder.named_parameters()), list(encoder.named_modules())
+    for path, parameter in parameters:
         if parameter.requires_grad:
             raise NotFrozenError(
                 f"encoder {name!r} cannot be cached: its parameter {path!r} requires a gradient; call "
                 "requires_grad_(False) on the encoder, or set trainable = True."
             )
-    for path, module in encoder.named_modules():
+    for path, module in modules:
         if module.training:
             where = f"its module {path!r} ({type(module).__name__})" if path else f"{type(encoder).__name__} itself"
             raise NotFrozenError(
@@ -74,7 +77,8 @@ class FrozenEncoder:
         place: Callable[[Any], Any] | None = None,
         context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
-        """Prove that nothing in the encoder can change."""
+        """Load the encoder, and prove that nothing in it can change."""
+        encoder.ensure_loaded()
         prove_fixed(name, encoder)
         self.name = name
         self.encoder = encoder

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from quatcache.encoders.facts import code_name
+from quatcache.encoders.deferred import deciding_versions, passing_over
+from quatcache.encoders.facts import code_name, own_facts
 from quatcache.encoders.serialised import JSON, to_json
 from quatcache.errors import ModelDefinitionError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from quatcache.encoders.encoder import Encoder
 
-__all__ = ["JSON", "Identity", "autocast_of", "identify"]
+__all__ = ["JSON", "Identity", "autocast_of", "fingerprint", "identify"]
 
 _SCHEMA = 1
 _SHOWN = 5
@@ -120,7 +121,32 @@ def identify(encoder: Encoder, *, autocast: str | None = None) -> Identity:
         >>> before.differences(identify(encoder))
         ['weights differ in module.bias']
     """
-    facts: dict[str, JSON] = dict(encoder.facts())
+    return _complete(encoder, encoder.facts(), autocast)
+
+
+def fingerprint(encoder: Encoder, files: str, *, autocast: str | None = None) -> str:
+    """Digest all that decides the identity of an encoder whose model is not loaded: equal ones have equal identities.
+
+    Args:
+        encoder: An encoder with a model that is not loaded.
+        files: Digest of the files that it would be loaded from.
+        autocast: As for :func:`identify`.
+
+    Returns:
+        32 hex characters; others for another version of a library, even where the identity would be the same.
+    """
+    assert encoder._deferred is not None
+    facts: dict[str, JSON] = {"files": files, **deciding_versions()}
+    facts.update({f"loads_with.{name}": value for name, value in encoder._loads_with().items()})
+    facts.update({f"deferred.{name}": value for name, value in encoder._deferred.facts().items()})
+    with passing_over([encoder]):
+        facts.update({f"own.{name}": value for name, value in own_facts(encoder, besides={"model"}).items()})
+    return _complete(encoder, facts, autocast).digest
+
+
+def _complete(encoder: Encoder, found: Mapping[str, JSON], autocast: str | None) -> Identity:
+    """Add the facts that every encoder has."""
+    facts = dict(found)
     facts["class"] = code_name(type(encoder))
     facts["version"] = encoder.version
     facts["schema"] = _SCHEMA

@@ -14,12 +14,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from quatcache.data.devices import to_device
+from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
+from quatcache.encoders.layouts import absolute, sentence_transformer_later
 from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
 from quatcache.encoders.saved import (
     read_settings,
@@ -59,7 +62,8 @@ class SentenceTransformerEncoder(Encoder):
         model: A directory, a name on the model hub, or a loaded ``SentenceTransformer``. A loaded model is used as it
             is, not copied: it is frozen (unless ``trainable``), and ``max_seq_length`` is set on it.
         trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
-            requiring gradients, at once.
+            requiring gradients, at once. One that was named is loaded when something needs it: a run that finds all
+            of its rows does not.
         prompt: Text to put before every item.
         prompt_name: Name of one of the model's own prompts, instead of ``prompt``.
         role: "query" or "document": encode as ``encode_query`` or ``encode_document`` do, which choose a prompt (if
@@ -105,43 +109,72 @@ class SentenceTransformerEncoder(Encoder):
         self.role = role
         self.normalize_embeddings = bool(normalize_embeddings)
         self.truncate_dim = truncate_dim
-        self.model = self._load_model(model)
-        if max_seq_length is not None:
-            self.model.max_seq_length = max_seq_length
-        self.prompt = self._resolve_prompt(prompt, prompt_name)
+        self._prompt, self._prompt_name, self._max_seq_length = prompt, prompt_name, max_seq_length
+        self._prompt_is_open = prompt is None
+        self._modules["model"] = None  # the first of the modules, whenever it is loaded
+        self._name = _checked_name(model)
+        if self._name is not None and not trainable:
+            self._deferred = sentence_transformer_later(self._name, prompt_name)
+        if self._deferred is None:
+            if isinstance(model, str | PathLike):
+                with as_if_alone(torch.get_default_dtype()):
+                    model = self._load_deferred()
+            elif max_seq_length is not None:
+                model.max_seq_length = max_seq_length
+            self._modules["model"] = model if trainable else model.requires_grad_(False)
+            self._resolve_prompt()
         if not trainable:
-            self.model.requires_grad_(False)
             self.eval()
 
-    @staticmethod
-    def _load_model(model: str | PathLike[str] | SentenceTransformer) -> SentenceTransformer:
-        """Load a model from a directory or the hub, on the CPU: the trainer moves it where it belongs."""
+    def _load_deferred(self) -> SentenceTransformer:
+        """Load the model from a directory or the hub, on the CPU: the trainer moves it where it belongs."""
         from sentence_transformers import SentenceTransformer
 
-        if isinstance(model, SentenceTransformer):
-            return model
-        if not isinstance(model, str | PathLike):
-            raise ConfigError(
-                f"model is of type {type(model).__qualname__}; pass a directory, a hub name or a loaded "
-                "SentenceTransformer"
-            )
-        name = os.fspath(model)
-        if (isinstance(model, PathLike) or _is_path(name)) and not Path(name).is_dir():
-            raise _unloadable(name, "there is no such directory")
+        assert self._name is not None
         try:
-            return SentenceTransformer(name, device="cpu", trust_remote_code=False)
+            model = SentenceTransformer(self._name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:  # whatever the library makes of a name that leads nowhere
-            raise _unloadable(name, "".join(str(error).strip().splitlines()[:1])) from error
+            raise _unloadable(self._name, "".join(str(error).strip().splitlines()[:1])) from error
+        if self._max_seq_length is not None:
+            model.max_seq_length = self._max_seq_length
+        return model
 
-    def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str | None:
+    def _loads_with(self) -> dict[str, JSON]:
+        """List the settings that the model is loaded with."""
+        return {
+            "prompt": self._prompt,
+            "prompt_name": self._prompt_name if self._prompt_is_open else None,
+            "prompt_is_open": self._prompt_is_open,
+            "max_seq_length": self._max_seq_length,
+        }
+
+    @property
+    def model(self) -> SentenceTransformer:
+        """The model; a frozen one that was named is loaded when it is first asked for."""
+        self.ensure_loaded()
+        return self._modules["model"]  # type: ignore[return-value]
+
+    @property
+    def prompt(self) -> str | None:
+        """What stands before every item; None: nothing."""
+        return self._resolve_prompt() if self._prompt_is_open else self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str | None) -> None:
+        self._prompt, self._prompt_is_open = prompt, False
+
+    def _resolve_prompt(self) -> str | None:
+        if self._prompt_is_open:
+            self.prompt = self._own_prompt()
+        return self._prompt
+
+    def _own_prompt(self) -> str | None:
         """Choose the prompt as ``encode``, ``encode_query`` and ``encode_document`` do."""
         prompts: Mapping[str, str] = getattr(self.model, "prompts", None) or {}
-        if prompt is not None:
-            return prompt
-        if prompt_name is not None:
-            if prompt_name not in prompts:
-                raise ConfigError(f"prompt_name is {prompt_name!r}; the model has {sorted(prompts)}")
-            return prompts[prompt_name]
+        if self._prompt_name is not None:
+            if self._prompt_name not in prompts:
+                raise ConfigError(f"prompt_name is {self._prompt_name!r}; the model has {sorted(prompts)}")
+            return prompts[self._prompt_name]
         candidates = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(self.role or "", ())
         default = getattr(self.model, "default_prompt_name", None)
         for name in (*candidates, default):
@@ -152,6 +185,9 @@ class SentenceTransformerEncoder(Encoder):
     @property
     def embedding_size(self) -> int:
         """Size of a row, after truncation."""
+        if self._deferred is not None and not is_loaded(self):
+            told = self._deferred.embedding_size
+            return told if self.truncate_dim is None else min(told, self.truncate_dim)
         # Renamed in version 5.2 of sentence-transformers; the old name warns there.
         measure = getattr(self.model, "get_embedding_dimension", None) or self.model.get_sentence_embedding_dimension
         size: int | None = measure()
@@ -186,6 +222,7 @@ class SentenceTransformerEncoder(Encoder):
         Of a subclass with a :meth:`collate` of its own, that method, which takes the encoder along.
         """
         if type(self).collate is not SentenceTransformerEncoder.collate:
+            self.ensure_loaded()  # once here, and not in each worker
             return self.collate
         return _Collator(copy_without_weights(self.model), self.prompt, self.role)
 
@@ -309,6 +346,26 @@ class _Collator:
             if "input_ids" in prompt:
                 features["prompt_length"] = prompt["input_ids"].shape[-1] - 1
         return features
+
+
+def _checked_name(model: Any) -> str | None:
+    """Give the name of a model that is to be loaded, absolute if it is a directory; None for a loaded one.
+
+    Raises:
+        ConfigError: It is neither, or there is no such directory.
+    """
+    if not isinstance(model, str | PathLike):
+        from sentence_transformers import SentenceTransformer
+
+        if isinstance(model, SentenceTransformer):
+            return None
+        raise ConfigError(
+            f"model is of type {type(model).__qualname__}; pass a directory, a hub name or a loaded SentenceTransformer"
+        )
+    name = os.fspath(model)
+    if (isinstance(model, PathLike) or _is_path(name)) and not Path(name).is_dir():
+        raise _unloadable(name, "there is no such directory")
+    return str(absolute(name))
 
 
 def _is_path(name: str) -> bool:

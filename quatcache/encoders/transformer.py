@@ -14,12 +14,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from quatcache.data.devices import to_device
+from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
+from quatcache.encoders.layouts import absolute, transformer_later
 from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
 from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
@@ -51,7 +54,8 @@ class TransformersEncoder(Encoder):
         tokenizer: A loaded tokenizer, its directory or its hub name. None: the one beside the model, which must then
             be a directory or a name.
         trainable: Whether training may change the model. A frozen model is put into eval mode and its parameters stop
-            requiring gradients, at once.
+            requiring gradients, at once. One that was named is loaded when something needs it: a run that finds all
+            of its rows does not.
         pooling: "mean" over the tokens of the text, "cls" (its first token) or "last_token"; padding on either side.
         normalize: Whether to scale rows to length 1.
         max_length: Cut texts after that many tokens, special ones included, at least 1. None: what tokenizer and
@@ -99,19 +103,43 @@ class TransformersEncoder(Encoder):
         self.pooling = pooling
         self.normalize = normalize
         self.prompt = prompt
-        self.model, self._tokenizer = self._load_model(model, tokenizer)
-        if truncation_side is not None and self._tokenizer.truncation_side != truncation_side:
-            self._tokenizer = copy.deepcopy(self._tokenizer)  # it may be the caller's, for other uses
-            self._tokenizer.truncation_side = truncation_side
-        if self._tokenizer.pad_token is None:
+        self._max_length, self._length_is_open = max_length, max_length is None
+        self._truncation_side = truncation_side
+        self._names = absolute(model), absolute(tokenizer)
+        self._tokenizer: Any = None
+        self._modules["model"] = None  # the first of the modules, whenever it is loaded
+        if not trainable:
+            self._deferred = transformer_later(*self._names)
+        if self._deferred is None:
+            with as_if_alone(torch.get_default_dtype()):
+                self._modules["model"] = self._load_deferred()
+            self._names = (None, None)
+            if not trainable:
+                self.model.requires_grad_(False)
+        if not trainable:
+            self.eval()
+
+    def _load_deferred(self) -> PreTrainedModel:
+        model, tokenizer = self._load_model(*self._names)
+        side = self._truncation_side
+        if side is not None and tokenizer.truncation_side != side:
+            tokenizer = copy.deepcopy(tokenizer)  # it may be the caller's, for other uses
+            tokenizer.truncation_side = side
+        if tokenizer.pad_token is None:
             raise ConfigError(
                 "the tokenizer has no pad_token, so texts of different lengths cannot be batched; set "
                 "tokenizer.pad_token = tokenizer.eos_token and pass the tokenizer"
             )
-        self.max_length = max_length if max_length is not None else self._own_max_length()
-        if not trainable:
-            self.model.requires_grad_(False)
-            self.eval()
+        self._tokenizer = tokenizer
+        return model
+
+    def _loads_with(self) -> dict[str, JSON]:
+        """List the settings that model and tokenizer are loaded with."""
+        return {
+            "max_length": self._max_length,
+            "length_is_open": self._length_is_open,
+            "truncation_side": self._truncation_side,
+        }
 
     @staticmethod
     def _load_model(
@@ -142,19 +170,37 @@ class TransformersEncoder(Encoder):
         positions = getattr(self.model.config, "max_position_embeddings", None)
         limits = [
             limit
-            for limit in (self._tokenizer.model_max_length, positions)
+            for limit in (self.tokenizer.model_max_length, positions)
             if isinstance(limit, int) and 0 < limit < 10**9
         ]
         return min(limits, default=None)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model; a frozen one that was named is loaded when it is first asked for."""
+        self.ensure_loaded()
+        return self._modules["model"]  # type: ignore[return-value]
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
-        return self._tokenizer
+        """The tokenizer; loaded with the model."""
+        self.ensure_loaded()
+        return self._tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def max_length(self) -> int | None:
+        """How many tokens of a text count; None: all."""
+        return self._own_max_length() if self._length_is_open else self._max_length
+
+    @max_length.setter
+    def max_length(self, length: int | None) -> None:
+        self._max_length, self._length_is_open = length, False
 
     @property
     def embedding_size(self) -> int:
         """Size of the model's hidden states."""
+        if self._deferred is not None and not is_loaded(self):
+            return self._deferred.embedding_size
         size = getattr(self.model.config, "hidden_size", None)
         if not isinstance(size, int):
             raise ModelDefinitionError(
@@ -181,13 +227,14 @@ class TransformersEncoder(Encoder):
             "input_ids", "attention_mask" and what else the tokenizer gives, each of shape (B, T), padded to the
             longest text.
         """
-        return _Collator(self._tokenizer, self.prompt, self.max_length)(items)
+        return _Collator(self.tokenizer, self.prompt, self.max_length)(items)
 
     def collate_fn(self) -> Callable[[Sequence[str]], dict[str, Tensor]]:
         """Give a callable that holds the tokenizer, not the model; of a subclass, its own ``collate``."""
         if type(self).collate is not TransformersEncoder.collate:
+            self.ensure_loaded()  # once here, and not in each worker
             return self.collate
-        return _Collator(self._tokenizer, self.prompt, self.max_length)
+        return _Collator(self.tokenizer, self.prompt, self.max_length)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor | PaddedSequences:
         """Encode tokenized texts.
@@ -220,9 +267,10 @@ class TransformersEncoder(Encoder):
         weights = weight_facts(model_tensors(self.model))
         return {
             **model_facts(self.model),
-            **processor_facts(self._tokenizer),
+            **processor_facts(self.tokenizer),
             **weights,
             **own_facts(self, besides={"model"}),
+            "max_length": self.max_length,
         }
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -250,7 +298,7 @@ class TransformersEncoder(Encoder):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder / _MODEL_FOLDER, safe_serialization=True)
-        self._tokenizer.save_pretrained(folder / _MODEL_FOLDER)
+        self.tokenizer.save_pretrained(folder / _MODEL_FOLDER)
         refuse_code(folder / _MODEL_FOLDER)
         dtype = floating_dtype(self.model)
         write_settings(
@@ -261,7 +309,7 @@ class TransformersEncoder(Encoder):
                 "trainable": self.trainable,
                 "max_length": self.max_length,
                 "prompt": self.prompt,
-                "truncation_side": self._tokenizer.truncation_side,
+                "truncation_side": self.tokenizer.truncation_side,
                 "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             },
         )

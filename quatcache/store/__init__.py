@@ -4,6 +4,7 @@ from quatcache.store.budget import BudgetStore
 from quatcache.store.directory import CacheDirectory, environment
 from quatcache.store.disk import DiskStore
 from quatcache.store.files import DTYPES
+from quatcache.store.known import KnownModels
 from quatcache.store.memory import MemoryStore
 from quatcache.store.protocol import Found, Positions, RowStore, Store
 from quatcache.store.tables import DatasetTable
@@ -16,6 +17,7 @@ __all__ = [
     "DatasetTable",
     "DiskStore",
     "Found",
+    "KnownModels",
     "MemoryStore",
     "Positions",
     "RowStore",

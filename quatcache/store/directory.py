@@ -3,6 +3,7 @@
     save_dir/
       encoders/<digest>[-<storage dtype>]/manifest.json, shard-*.safetensors
       datasets/<digest>.safetensors
+      models/<fingerprint>.json    which identity a model was found to have
       filling/<token>/             what the ranks of a run exchange while they fill together
 
 A fill is alone in the directories of its encoders; fills of other encoders go on beside it.
@@ -30,6 +31,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from quatcache.errors import FormatError, StoreError
 from quatcache.store.disk import DiskStore
 from quatcache.store.files import FILL_LOCK, TEMPORARY
+from quatcache.store.known import MODELS, KnownModels
 from quatcache.store.manifest import Manifest
 from quatcache.store.parts import FILLING, remove_leftovers
 from quatcache.store.tables import DatasetTable, read_tables, write_table
@@ -76,6 +78,10 @@ class CacheDirectory:
         verify_checksums: Compare each shard with its checksum when it is opened.
         memory_map: Map shards into memory; false: read them whole, for network disks.
 
+    Attributes:
+        path: Where that is.
+        models: What earlier runs found out about models.
+
     Example:
         >>> import tempfile
         >>> directory = CacheDirectory(tempfile.mkdtemp())
@@ -89,6 +95,7 @@ class CacheDirectory:
         self._verify_checksums = verify_checksums
         self._memory_map = memory_map
         self._damaged: set[Path] = set()  # index tables
+        self.models = KnownModels(self.path)
 
     def store(
         self,
@@ -181,7 +188,7 @@ class CacheDirectory:
         if self.path.is_file():
             raise StoreError(f"save_dir {self.path} is a file; name a directory.")
         with suppress(OSError):  # what cannot be listed can perhaps be written, and if not, that is told below
-            others = (path for path in self.path.iterdir() if path.name != FILLING)
+            others = (path for path in self.path.iterdir() if path.name not in (FILLING, MODELS))
             if not (self.path / "encoders").exists() and any(others):
                 logger.info("save_dir %s holds other files; encoders/ and datasets/ are put beside them.", self.path)
         with ExitStack() as held:

@@ -20,6 +20,7 @@ from quatcache.errors import DamagedFileError, FormatError, StoreError
 from quatcache.store.directory import CacheDirectory
 from quatcache.store.disk import LAST_USED
 from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary
+from quatcache.store.known import MODELS, is_note_name, read_note
 from quatcache.store.manifest import MANIFEST_NAME, Manifest
 from quatcache.store.shards import ShardEntry, is_shard_name, judge_alone, open_shard
 from quatcache.store.summaries import CacheSummary, Finding, StoreSummary, Stray, TableSummary
@@ -99,6 +100,13 @@ def inspect_cache(directory: CacheDirectory | str | os.PathLike[str]) -> CacheSu
             tables += _table(file)
         else:
             strays += _stray(file, "temporary file")
+    notes, others = _split(path / MODELS, lambda entry: is_note_name(entry.name) or is_temporary(entry.name))
+    foreign += others
+    for file in notes:
+        if is_temporary(file.name):
+            strays += _stray(file, "temporary file")
+        elif not _is_of_use(file, homes):
+            strays += _stray(file, "orphan note")
     if not homes and not files:
         raise StoreError(
             f"{path} is not a cache: it has neither encoders/<digest> nor datasets/<digest>.safetensors; pass the "
@@ -107,6 +115,13 @@ def inspect_cache(directory: CacheDirectory | str | os.PathLike[str]) -> CacheSu
     stores.sort(key=_age_order)
     tables.sort(key=lambda table: (table.last_used, table.path.name))
     return CacheSummary(path, tuple(stores), tuple(tables), tuple(strays), tuple(foreign))
+
+
+def _is_of_use(note: Path, homes: Iterable[Path]) -> bool:
+    """Whether a note names an encoder that has rows here."""
+    status = _status(note)
+    known = read_note(note) if status is not None and stat.S_ISREG(status.st_mode) else None
+    return known is not None and any(home.name[:32] == known["digest"] for home in homes)
 
 
 def _age_order(store: StoreSummary) -> tuple[str, float]:

@@ -39,6 +39,7 @@ _CHANGED = "it changed since it was chosen"
 _GONE = "it is gone already"
 _WHY = {
     "orphan shard": "no manifest names it",
+    "orphan note": "the rows of its encoder are gone",
     "temporary file": "left by a process that died",
     "empty store": "left of a store that was removed",
 }
@@ -50,7 +51,7 @@ class Removal:
 
     Attributes:
         path: A file, or the directory of a store.
-        kind: "store", "index table", "orphan shard", "temporary file" or "empty store".
+        kind: "store", "index table", "orphan shard", "orphan note", "temporary file" or "empty store".
         reason: Why, for people.
         bytes: What it takes; of a store together with the leftovers in its directory.
         last_used: When it was last used or written, in seconds since 1970; if that changed, it stays.
@@ -129,7 +130,7 @@ def choose(
         now: Seconds since 1970.
 
     Returns:
-        What would go: orphan shards and temporary files older than an hour always do, and first.
+        What would go: orphans and temporary files older than an hour always do, and first.
 
     Raises:
         ConfigError: A limit is negative.

@@ -35,7 +35,7 @@ class Stray:
 
     Attributes:
         path: The file; for an "empty store" its directory.
-        kind: "orphan shard", "temporary file" or "empty store".
+        kind: "orphan shard", "orphan note", "temporary file" or "empty store".
         bytes: Its size.
         modified: When it was written, in seconds since 1970.
     """

@@ -45,7 +45,8 @@ class Canary:
             a number: so many rows in any case; 0: none.
         encoder: Makes the real encoder ready.
         batch_size: Items per encoder call, at most.
-        narrowest: The dtype with the coarsest rounding on the way to a row, besides those of the store; None: these.
+        narrowest: Gives the dtype with the coarsest rounding on the way to a row, besides those of the store, once the
+            encoder is loaded; None: these.
 
     Attributes:
         wanted: Rows still to be compared.
@@ -60,7 +61,7 @@ class Canary:
         verify: Literal["auto"] | int,
         encoder: Callable[[], FrozenEncoder],
         batch_size: int,
-        narrowest: torch.dtype | None = None,
+        narrowest: Callable[[], torch.dtype | None] = lambda: None,
     ) -> None:
         """Compare nothing yet."""
         self.name = name
@@ -143,7 +144,7 @@ class Canary:
         return rows if dtype is None or not rows.dtype.is_floating_point else rows.to(dtype).to(rows.dtype)
 
     def _tolerance(self, given: torch.dtype) -> float:
-        dtypes = (given, self._store.manifest.dtype, self._narrowest)
+        dtypes = (given, self._store.manifest.dtype, self._narrowest())
         return max((_TOLERANCES[dtype] for dtype in dtypes if dtype in _TOLERANCES), default=0.0)
 
     def _changes(self) -> str:

@@ -7,13 +7,15 @@ unfrozen in the course of a fit is saved from then on: its weights are nowhere e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import nn
 
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
+from quatcache.encoders.deferred import is_loaded, passing_over
+from quatcache.training.internals import is_bookkeeping
 
 __all__ = ["EncoderDict"]
 
@@ -49,19 +51,26 @@ class EncoderDict(nn.ModuleDict):
                 module.at_hand()
         return self.real()
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Give all modules; what is not loaded is loaded first, but for bookkeeping."""
+        with passing_over(self.real().values() if is_bookkeeping() else ()):
+            found: list[tuple[str, nn.Module]] = list(super().named_modules(*args, **kwargs))
+        return iter(found)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Collect what modules do, and take the frozen encoders out again."""
         prefix = kwargs.get("prefix", "")
-        collected = super().state_dict(*args, **kwargs)
-        for name, encoder in self.real().items():
-            if not encoder.trainable and not any(parameter.requires_grad for parameter in encoder.parameters()):
-                for key in [key for key in collected if key.startswith(f"{prefix}{name}.")]:
-                    del collected[key]
+        with passing_over(self.real().values()):
+            collected = super().state_dict(*args, **kwargs)
+            for name, encoder in self.real().items():
+                if not encoder.trainable and not any(parameter.requires_grad for parameter in encoder.parameters()):
+                    for key in [key for key in collected if key.startswith(f"{prefix}{name}.")]:
+                        del collected[key]
         return collected
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, encoder in self.real().items():
-            if not encoder.trainable:
+            if not encoder.trainable and is_loaded(encoder):  # else it is loaded if it is given weights
                 for key, value in encoder.state_dict().items():
                     state_dict.setdefault(f"{prefix}{name}.{key}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

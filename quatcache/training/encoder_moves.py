@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quatcache.encoders import Encoder
+from quatcache.encoders.deferred import is_loaded, passing_over
 from quatcache.encoders.weights import FOREIGN_STATE, package_of
 from quatcache.training.lightning import LightningModule, Trainer, pl
 from quatcache.training.memory import RESERVE, free_memory
@@ -129,7 +130,8 @@ class EncoderMoves:
         while True:  # what is tied to one that stays, stays as well
             apart = {id(encoder) for encoder in leaving.values()}
             apart |= {id(self._present[name]) for name in leaving}
-            staying = {_place(tensor) for tensor in _tensors(self._module, apart)}
+            with passing_over(self._encoders.values()):
+                staying = {_place(tensor) for tensor in _tensors(self._module, apart)}
             tied = [name for name in leaving if not staying.isdisjoint(map(_place, _tensors(leaving[name])))]
             if not tied:
                 return leaving
@@ -138,6 +140,8 @@ class EncoderMoves:
 
 
 def _is_movable(encoder: Encoder, home: torch.device) -> bool:
+    if not is_loaded(encoder):
+        return False
     if any(package_of(type(module)) in FOREIGN_STATE for module in encoder.modules()):
         return False
     return all(tensor.device == home for tensor in _tensors(encoder))

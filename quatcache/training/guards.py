@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.retrieval.base import RetrievalMetric
 
 from quatcache.encoders import Encoder
+from quatcache.encoders.deferred import is_loaded, passing_over
 from quatcache.encoders.weights import named_modules, named_tensors, tensor_digest
 from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError, NotFrozenError, shorten
 from quatcache.training.lightning import LIGHTNING_PACKAGES, LightningModule, Trainer
@@ -75,9 +76,10 @@ class FrozenGuard:
             Its name and that of a parameter that requires a gradient; None: there is none.
         """
         for name, encoder in self._encoders.items():
-            for path, parameter in encoder.named_parameters():
-                if parameter.requires_grad:
-                    return name, path
+            with passing_over([encoder]):
+                for path, parameter in encoder.named_parameters():
+                    if parameter.requires_grad:
+                        return name, path
         return None
 
     def check_unchanged(self) -> None:
@@ -91,8 +93,11 @@ class FrozenGuard:
         for name, known in self._known.items():
             now = _look(self._encoders[name], known, thorough)
             changed = [f"weight {path!r}" for path in known.digests if now.digests.get(path) != known.digests[path]]
-            changed += [f"weight {path!r}" for path in now.digests if path not in known.digests]
-            changed += [f"module {path!r}" for path in {**known.classes, **now.classes}
+            classes = dict(known.classes)
+            if known.loaded:  # else what is new is what was loaded since
+                changed += [f"weight {path!r}" for path in now.digests if path not in known.digests]
+                classes.update(now.classes)
+            changed += [f"module {path!r}" for path in classes
                         if known.classes.get(path) is not now.classes.get(path)]  # fmt: skip
             if changed:
                 raise NotFrozenError(
@@ -121,11 +126,15 @@ class _Mark:
 
 @dataclass(frozen=True)
 class _Look:
-    """An encoder at one time: by path the digests and marks of its tensors, and the classes of its modules."""
+    """An encoder at one time: by path the digests and marks of its tensors, and the classes of its modules.
+
+    Of one that is not loaded it has what does not need to be.
+    """
 
     digests: dict[str, str]
     marks: dict[str, _Mark]
     classes: dict[str, type]
+    loaded: bool
 
 
 def _look(encoder: Encoder, before: _Look | None, thorough: bool) -> _Look:
@@ -137,7 +146,9 @@ def _look(encoder: Encoder, before: _Look | None, thorough: bool) -> _Look:
         thorough: Digest tensors on the CPU whatever their marks say.
     """
     digests, marks = {}, {}
-    for path, tensor in named_tensors(encoder).items():
+    with passing_over([encoder]):
+        tensors, modules = named_tensors(encoder), tuple(named_modules(encoder))
+    for path, tensor in tensors.items():
         markable = not tensor.is_inference() and tensor.layout is torch.strided
         stands = before is not None and path in before.marks and markable and before.marks[path].stands(tensor)
         if before is not None and stands and not (thorough and _is_cheap(tensor)):
@@ -146,7 +157,7 @@ def _look(encoder: Encoder, before: _Look | None, thorough: bool) -> _Look:
             digests[path] = tensor_digest(tensor.cpu() if tensor.is_inference() else tensor)
         if markable:
             marks[path] = _Mark(weakref.ref(tensor), tensor._version, tensor.data_ptr())
-    return _Look(digests, marks, {path: type(module) for path, module in named_modules(encoder)})
+    return _Look(digests, marks, {path: type(module) for path, module in modules}, is_loaded(encoder))
 
 
 def _is_cheap(tensor: torch.Tensor) -> bool:
@@ -254,12 +265,14 @@ def refuse_transfer_hooks(module: LightningModule, trainer: Trainer) -> None:
 def leave_to_ranks(module: LightningModule, encoders: Mapping[str, Encoder]) -> None:
     """Keep frozen encoders out of what DDP sends around.
 
-    Every rank has built them, and DDP would broadcast their buffers at each step.
+    Every rank has built them, and DDP would broadcast their buffers at each step. One that is loaded after DDP has
+    looked is none of its business anyhow.
     """
-    ignored = [
-        f"encoders.{name}.{tensor}"
-        for name, encoder in encoders.items()
-        if not encoder.trainable
-        for tensor, _ in (*encoder.named_parameters(), *encoder.named_buffers())
-    ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
+    with passing_over(encoders.values()):
+        ignored = [
+            f"encoders.{name}.{tensor}"
+            for name, encoder in encoders.items()
+            if not encoder.trainable
+            for tensor, _ in (*encoder.named_parameters(), *encoder.named_buffers())
+        ]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]

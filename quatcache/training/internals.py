@@ -6,19 +6,26 @@ fails if a version of Lightning does without it.
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
-from quatcache.training.lightning import Callback, LightningModule, Trainer
+from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer
 
 __all__ = [
     "acts_on_steps",
     "give_loaders",
     "is_attached",
+    "is_bookkeeping",
     "loader_source",
     "loggers_are_due",
     "looks_between_steps",
+    "looks_in_passing",
     "set_loader_source",
 ]
+
+_ON_THE_WAY = ("torch.", "quatcache.")
+_BOOKKEEPERS = (*LIGHTNING_PACKAGES, "lightning_fabric.")
 
 
 def loader_source(loop: Any) -> Any:
@@ -69,3 +76,31 @@ def acts_on_steps(callback: Callback) -> bool:
     """Say whether a callback of Lightning's own acts on the loss of a step, or may end the run after any step."""
     by_steps = getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None)
     return bool(by_steps) or type(callback).__name__ == "Timer"
+
+
+def looks_in_passing(module: LightningModule) -> bool:
+    """Say whether it is Lightning, and no code of the user's, that looks through the parts of a module right now.
+
+    In a run it does so between hooks: to move modules, wrap them, note their modes. In hooks it is the user who looks,
+    or a callback that changes what it finds; but for some bookkeeping.
+    """
+    if is_bookkeeping():
+        return True
+    trainer = module._trainer
+    return trainer is not None and trainer.state.status == "running" and module._current_fx_name is None
+
+
+def is_bookkeeping() -> bool:
+    """Say whether the caller works for Lightning's model summary, a change of device, or the search for a metric."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if name.startswith(_BOOKKEEPERS):
+            if ".model_summary" in name or name.endswith(".device_dtype_mixin"):
+                return True
+            if not function.startswith("<"):  # a comprehension is part of what it stands in
+                return name.endswith(".core.module") and function == "log"
+        elif not name.startswith(_ON_THE_WAY):
+            return False
+        frame = frame.f_back
+    return False

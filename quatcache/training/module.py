@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from quatcache.data.batches import Batch
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
+from quatcache.encoders.deferred import is_loaded, passing_over
 from quatcache.errors import ConfigError, LoaderError, ModelDefinitionError, shorten
 from quatcache.heads import head_input
 from quatcache.servable import ServableModel
@@ -21,6 +22,7 @@ from quatcache.training.callback import CacheCallback
 from quatcache.training.config import CacheConfig, checked_config
 from quatcache.training.encoder_dict import EncoderDict
 from quatcache.training.guards import check_encoders, checked_metrics, given_together
+from quatcache.training.internals import looks_in_passing
 from quatcache.training.lightning import Callback, LightningModule
 from quatcache.training.loss_log import LossLog
 
@@ -131,7 +133,8 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over what is trainable, with the model's ``lr`` attribute if it has one, else 1e-3."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        with passing_over(self._encoders_so_far()):  # what is not loaded is not trained
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
             raise ModelDefinitionError(
                 f"{type(self).__name__} has no trainable parameter; return a head with parameters, or an encoder with "
@@ -188,6 +191,26 @@ class TrainableModel(LightningModule, metaclass=_Assembled):
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
         self._log_metrics("test")
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Give all modules, and so parameters; encoders that are not loaded are loaded first, unless Lightning asks.
+
+        So an optimizer over ``self.parameters()`` has the same groups in a run that needs no encoder and in one that
+        does.
+        """
+        waiting = [encoder for encoder in self._encoders_so_far() if not is_loaded(encoder)]
+        with passing_over(waiting if waiting and looks_in_passing(self) else ()):
+            found: list[tuple[str, nn.Module]] = list(super().named_modules(*args, **kwargs))
+        return iter(found)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients; what is not loaded has none."""
+        with passing_over(self._encoders_so_far()):
+            super().zero_grad(set_to_none)
+
+    def _encoders_so_far(self) -> Sequence[Encoder]:
+        encoders = getattr(self, "encoders", None)
+        return tuple(encoders.real().values()) if isinstance(encoders, EncoderDict) else ()
 
     # Use without a trainer
 

@@ -72,7 +72,7 @@ def canary_for(
     store: RowStore,
     config: CacheConfig,
     encoder: Callable[[], FrozenEncoder],
-    dtypes: Iterable[torch.dtype],
+    dtypes: Callable[[], Iterable[torch.dtype]],
     trainer: Trainer,
     device: torch.device,
 ) -> Canary | None:
@@ -83,13 +83,17 @@ def canary_for(
         store: Its rows.
         config: How much to verify, and in batches of which size.
         encoder: Makes the real encoder ready.
-        dtypes: Those of its weights: their rounding shows in its rows.
+        dtypes: Gives those of its weights, once it is loaded: their rounding shows in its rows.
         trainer: Its precision decides how far rows may differ.
         device: Where the encoder computes.
     """
     if not isinstance(store, DiskStore):
         return None
     precision = str(trainer.precision)
-    rounding = {*dtypes, *([torch.bfloat16] if "bf16" in precision else [torch.float16] if "16" in precision else [])}
-    narrowest = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in rounding), None)
+    autocast = {torch.bfloat16} if "bf16" in precision else {torch.float16} if "16" in precision else set()
+
+    def narrowest() -> torch.dtype | None:
+        rounding = {*dtypes(), *autocast}
+        return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in rounding), None)
+
     return Canary(name, store, environment(device), config.verify, encoder, config.batch_size, narrowest)

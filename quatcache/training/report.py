@@ -37,6 +37,7 @@ class EncoderReport:
         pace: Seconds in the encoder for an item, collating included, in this or an earlier run; None: not known.
         served: Rows that training and validation took and that were not encoded for it, over all measured epochs.
         in_steps: Items of ``encoded`` that were encoded in a step of training or validation.
+        loaded: Whether the encoder's model is in memory; a run that finds all rows does not need it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EncoderReport:
     pace: float | None = None
     served: int = 0
     in_steps: int = 0
+    loaded: bool = True
 
 
 @dataclass
@@ -219,6 +221,7 @@ class CacheReport:
             f"encoder {report.name!r} on {report.tier}{report.tier_reason and f' (AUTO: {report.tier_reason})'}: "
             f"{counted(report.rows, 'row')}, {readable_size(report.nbytes)} "
             + (f"from {report.source}" if report.source else "in memory")
+            + ("" if report.loaded else ", encoder not loaded")
             for report in self.encoders.values()
         ]
         labels = "labels cached" if self.labels else f"labels not cached: {self.labels_reason}"

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import torch
+
 from quatcache.data.devices import to_device
-from quatcache.encoders import Encoder, Identity, identify
+from quatcache.encoders import Encoder, Identity
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.errors import NotFrozenError, StoreError
@@ -18,6 +20,7 @@ from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import ChunkReader, KeyScheme, unkeyable
 from quatcache.training.lightning import LightningModule, Trainer
 from quatcache.training.opening import canary_for, open_rows
+from quatcache.training.recall import Recall
 
 __all__ = ["RunEncoders"]
 
@@ -35,11 +38,13 @@ class RunEncoders:
         names: Those that are cached.
         directory: Where rows persist; None: nowhere.
         check: Called before items are encoded; sees that encoders are still those that made the rows.
-        recall: Called before items are encoded; brings encoders to the device of the module.
+        bring_back: Called before items are encoded; brings encoders to the device of the module.
 
     Attributes:
+        real: All encoders of the module.
         fills: The encoders that are cached, once they were opened.
         unwritable: Why nothing can be written; raised when an item must be encoded in a fill.
+        recall: Knows encoders that are not loaded.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class RunEncoders:
         names: Sequence[str],
         directory: CacheDirectory | None,
         check: Callable[[], None],
-        recall: Callable[[], None] = lambda: None,
+        bring_back: Callable[[], None] = lambda: None,
     ) -> None:
         """Open nothing yet."""
         self.fills: dict[str, EncoderFill] = {}
@@ -59,13 +64,15 @@ class RunEncoders:
         self._trainer = trainer
         self._module = module
         self._config = config
-        self._real = real
+        self.real = real
         self._names = names
         self._directory = directory
         self._check = check
-        self._recall = recall
+        self._bring_back = bring_back
         self._frozen: dict[str, FrozenEncoder] = {}
         self._identities: dict[str, Identity] = {}
+        known = None if directory is None or config.save_dir is None else directory.models
+        self.recall = Recall(known, autocast_of(str(trainer.precision)))
 
     def open(self, readers: Iterable[ChunkReader], capacity: int) -> None:
         """Open a store for every encoder to be cached.
@@ -83,7 +90,7 @@ class RunEncoders:
         device = self._module.device
         stores: dict[object, RowStore] = {}  # encoders of one identity share their rows
         for name in self._names:
-            encoder = self._real[name]
+            encoder = self.real[name]
             prove_fixed(name, encoder)
             scheme = KeyScheme.of(name, encoder, self._config.extractor_of(name))
             reason = unkeyable(scheme, readers)
@@ -115,7 +122,7 @@ class RunEncoders:
                     stores[own],
                     self._config,
                     partial(self._frozen_encoder, name),
-                    {tensor.dtype for tensor in encoder.parameters()},
+                    partial(_dtypes, encoder),
                     self._trainer,
                     device,
                 ),
@@ -126,7 +133,7 @@ class RunEncoders:
             )
 
     def _identity(self, name: str) -> Identity:
-        return identify(self._real[name], autocast=autocast_of(str(self._trainer.precision)))
+        return self.recall.identity(name, self.real[name])
 
     def _see_identities(self) -> None:
         """See that the encoders still are what their rows are stored under: rows of others must not be.
@@ -151,13 +158,17 @@ class RunEncoders:
 
     def _frozen_encoder(self, name: str) -> FrozenEncoder:
         """Make the real encoder ready, the first time that an item must be encoded."""
-        self._recall()
+        self._bring_back()
         if name not in self._frozen:
             precision, device = self._trainer.precision_plugin, self._module.device
             self._frozen[name] = FrozenEncoder(
                 name,
-                self._real[name],
+                self.real[name],
                 place=lambda inputs: to_device(precision.convert_input(inputs), device),
                 context=precision.forward_context,
             )
         return self._frozen[name]
+
+
+def _dtypes(encoder: Encoder) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in encoder.parameters()}

@@ -42,7 +42,7 @@ class RunFill:
         read_sample: Takes a sample apart.
         report: Told what was done.
         check: Called before items are encoded; sees that encoders are still those that made the rows.
-        recall: Called before items are encoded; brings encoders to the device of the module.
+        bring_back: Called before items are encoded; brings encoders to the device of the module.
 
     Attributes:
         encoders: The encoders that are cached, once the first dataset was indexed.
@@ -59,7 +59,7 @@ class RunFill:
         read_sample: Callable[[Any], Any],
         report: CacheReport,
         check: Callable[[], None],
-        recall: Callable[[], None] = lambda: None,
+        bring_back: Callable[[], None] = lambda: None,
     ) -> None:
         """Name the directory; nothing is read or made."""
         self.directory: CacheDirectory | None = None
@@ -67,7 +67,7 @@ class RunFill:
         path = self._ranks.temporary if config.save_dir is None else config.save_dir
         if path is not None:
             self.directory = CacheDirectory(path, verify_checksums=config.checksums, memory_map=config.memory_map)
-        self._opened = RunEncoders(trainer, module, config, real, names, self.directory, check, recall)
+        self._opened = RunEncoders(trainer, module, config, real, names, self.directory, check, bring_back)
         self.encoders: dict[str, EncoderFill] = self._opened.fills
         self._trainer = trainer
         self._config = config
@@ -152,6 +152,19 @@ class RunFill:
         except (StoreError, NotFrozenError) as error:
             logger.warning("%s", error)
         self._warn_of_keys()
+
+    def check_loaded(self, name: str) -> None:
+        """Hold an encoder that was just loaded against what its rows were found by.
+
+        Raises:
+            StaleRowsError: It is another one.
+        """
+        self._opened.recall.check(name, self._opened.real[name])
+
+    def note(self) -> None:
+        """Note what was found out about models, for runs that need not load them."""
+        if self._opened.unwritable is None:
+            self._opened.recall.note()
 
     def flush(self) -> None:
         """Commit what was put.

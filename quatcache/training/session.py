@@ -19,6 +19,7 @@ from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
+from quatcache.encoders.deferred import is_loaded
 from quatcache.errors import NotFrozenError
 from quatcache.store.transfer import fetches
 from quatcache.training.config import CacheConfig, CacheType
@@ -81,9 +82,9 @@ class CacheSession:
         ]
         cached = {name: self._real[name] for name in self._cached}
         self._moves = EncoderMoves(trainer, module, cached, self._encoders)
-        recall = self._moves.recall
+        back = self._moves.recall
         self._fill = RunFill(
-            trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check, recall
+            trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check, back
         )
         self._meetings = Meetings(self._fill.encoders, self._config.batch_size)
         self._columns: dict[int, CachedColumns] = {}
@@ -94,7 +95,14 @@ class CacheSession:
         self._choices: list[ViewChoice] = []
         self._finished = False
         self.sources = LoaderSources(trainer, self._convert)
+        for name in self._real.keys() - set(self._cached):  # these are needed
+            self._real[name].ensure_loaded()
         leave_to_ranks(module, self._real)
+        self._waiting = {
+            name: deferred for name in self._cached if (deferred := self._real[name]._deferred) is not None
+        }
+        for name, deferred in self._waiting.items():
+            deferred.listeners.append(partial(self._see_loaded, name))
         self._quiet: list[Any] = []
         self._gather = RowGatherer(self.look, self._meetings.answer)
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
@@ -174,6 +182,12 @@ class CacheSession:
 
     def _collates(self, names: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], Any]]:
         return {name: self._real[name].collate_fn() for name in names}
+
+    def _see_loaded(self, name: str) -> None:
+        """See that an encoder which is loaded only now is the one whose rows are used."""
+        leave_to_ranks(self._module, self._real)
+        self._fill.check_loaded(name)
+        self.guard.check_unchanged()
 
     def _check(self) -> None:
         self.guard.check_unchanged()
@@ -257,6 +271,7 @@ class CacheSession:
                 self._meet(key, fill)
         self._datasets.update({**whole, **parts})
         self._settle(whole)
+        self._fill.note()
         self.guard.remember()
         self._swap()
         self.report.fill_seconds += time.monotonic() - started
@@ -312,6 +327,7 @@ class CacheSession:
         """Bring the report up to date."""
         for name, placement in self._placed.items():
             self.report.encoders[name] = self._fill.encoders[name].report(placement)
+            self.report.encoders[name].loaded = is_loaded(self._real[name])
 
     def _swap(self) -> None:
         for name in self._cached:
@@ -337,6 +353,8 @@ class CacheSession:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
         self._let_go()
+        for deferred in self._waiting.values():
+            deferred.listeners.clear()
         self._put_back()
         self.finish()
         self._fill.leave()
