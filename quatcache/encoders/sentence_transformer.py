@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
-from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
+from quatcache.encoders.pretrained import chain_facts, count_tokens, floating_dtype, text_length
 from quatcache.encoders.saved import (
     read_settings,
     refuse_classes,
@@ -48,6 +48,8 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
     "max_seq_length": (int,),
     "dtype": (str,),
 }
+_UNBOUNDED = 10**9
+"""A tokenizer without a limit names a number beyond this."""
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -108,6 +110,7 @@ class SentenceTransformerEncoder(Encoder):
         if max_seq_length is not None:
             self.model.max_seq_length = max_seq_length
         self.prompt = self._resolve_prompt(prompt, prompt_name)
+        self._pads_nothing = isinstance(getattr(self.model[0], "embedding", None), nn.EmbeddingBag)
         if not trainable:
             self.model.requires_grad_(False)
             self.eval()
@@ -165,8 +168,26 @@ class SentenceTransformerEncoder(Encoder):
         return item
 
     def length(self, item: Any) -> int:
-        """Count the characters of an item."""
-        return text_length(item)
+        """Count the characters of an item; 0 where a model pads nothing, so that sorting would gain nothing."""
+        return 0 if self._pads_nothing else text_length(item)
+
+    def token_counts(self, items: Sequence[Any]) -> Sequence[int] | None:
+        """Count the tokens of texts, prompt included.
+
+        Returns:
+            None for other items, for models other than a transformer with its tokenizer, or if a subclass collates or
+            sorts.
+        """
+        own, first = type(self), self.model[0]
+        if own.collate is not SentenceTransformerEncoder.collate or own.length is not SentenceTransformerEncoder.length:
+            return None
+        if not hasattr(first, "auto_model") or not callable(getattr(first, "tokenizer", None)):
+            return None
+        if not all(isinstance(item, str) for item in items):
+            return None
+        limit = getattr(first, f"{self.role}_length", None) or getattr(self.model, "max_seq_length", None)
+        bounded = isinstance(limit, int) and limit < _UNBOUNDED
+        return count_tokens(first.tokenizer, items, self.prompt, limit if bounded else None)
 
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
         """Tokenize (or process) items, with the prompt.

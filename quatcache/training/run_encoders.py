@@ -12,6 +12,7 @@ from quatcache.encoders.identity import autocast_of
 from quatcache.encoders.weights import to_device
 from quatcache.errors import NotFrozenError, StoreError
 from quatcache.store import CacheDirectory, RowStore, TensorStore
+from quatcache.training.calls import CallPlan
 from quatcache.training.config import CacheConfig
 from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExtractedKeys
@@ -105,7 +106,7 @@ class RunEncoders:
                 scheme,
                 stores[own],
                 partial(self._encoder_to_fill, name),
-                encoder.length,
+                CallPlan(name, encoder, device),
                 extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
                 canary=canary_for(
                     name,
