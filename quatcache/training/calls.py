@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quatcache.data.batches import collate_items
@@ -33,6 +32,9 @@ COUNTED_WINDOW = 2048
 WINDOW_SECONDS = 30.0
 """A slow encoder gets no larger windows than it does in this time: the progress bar moves with them."""
 
+FIRST_WINDOW = 1024
+"""Items of a window of texts while the pace of the encoder is not known."""
+
 TOKENS_PER_CALL = 2048
 """Tokens of a call on the CPU, padding included."""
 
@@ -46,7 +48,7 @@ class CallPlan:
         device: Where it computes.
 
     Attributes:
-        counts_tokens: Whether the items that were split last have token counts.
+        counts_tokens: Whether the items that were looked at last have token counts.
 
     Example:
         >>> from quatcache.encoders import Encoder
@@ -72,8 +74,27 @@ class CallPlan:
             batch_size: Upper bound of items per call.
             pace: Seconds that the encoder takes for an item; None: not known.
         """
-        counted = COUNTED_WINDOW if self.counts_tokens and pace else 0
-        return max(batch_size * WINDOW, min(counted, int(WINDOW_SECONDS / pace)) if pace else 0)
+        counted = min(COUNTED_WINDOW, int(WINDOW_SECONDS / pace)) if pace else FIRST_WINDOW
+        return max(batch_size * WINDOW, counted if self.counts_tokens else 0)
+
+    def look(self, items: Sequence[Any]) -> Sequence[int] | None:
+        """Find out whether items have token counts, and give them if so.
+
+        Args:
+            items: N items.
+
+        Raises:
+            CollateError: An item has tokens that cannot be counted.
+            BatchLengthError: Not one count per item.
+        """
+        counts: Sequence[int] | None = collate_items(self._name, self._encoder.token_counts, items)
+        if counts is not None and len(counts) != len(items):
+            raise BatchLengthError(
+                f"token_counts of encoder {self._name!r} returned {len(counts)} numbers for {len(items)} items; return "
+                "one per item, in order."
+            )
+        self.counts_tokens = counts is not None
+        return counts
 
     def split(self, items: Sequence[Any], batch_size: int) -> list[Positions]:
         """Give the positions of the items of each call, longest first: memory runs out at once or never.
@@ -86,32 +107,19 @@ class CallPlan:
             CollateError: An item has tokens that cannot be counted.
             BatchLengthError: Not one count per item.
         """
-        counts = collate_items(self._name, self._encoder.token_counts, items)
-        self.counts_tokens = counts is not None
-        if counts is None:
-            order, lengths, budget = _longest_first(self._lengths(items), len(items)), None, None
+        counts = self.look(items)
+        if counts is not None:
+            lengths = np.asarray(counts)
+        elif type(self._encoder).length is not Encoder.length:
+            lengths = np.array([self._encoder.length(item) for item in items])
         else:
-            lengths, budget = np.asarray(counts, np.int64), self._budget
-            if lengths.shape != (len(items),):
-                raise BatchLengthError(
-                    f"token_counts of encoder {self._name!r} returned {len(lengths)} numbers for {len(items)} items; "
-                    "return one per item, in order."
-                )
-            order = _longest_first(lengths, len(items))
+            lengths = np.zeros(len(items), np.int64)
+        order = np.argsort(-lengths, kind="stable")
         calls, start = [], 0
         while start < len(order):
             size = batch_size
-            if budget is not None and lengths is not None:
-                size = min(size, max(budget // max(int(lengths[order[start]]), 1), 1))
+            if counts is not None and self._budget is not None:
+                size = min(size, max(self._budget // max(int(lengths[order[start]]), 1), 1))
             calls.append(order[start : start + size])
             start += size
         return calls
-
-    def _lengths(self, items: Sequence[Any]) -> npt.NDArray[np.int64] | None:
-        if type(self._encoder).length is Encoder.length:
-            return None
-        return np.array([self._encoder.length(item) for item in items])
-
-
-def _longest_first(lengths: npt.NDArray[np.int64] | None, size: int) -> Positions:
-    return np.arange(size) if lengths is None else np.argsort(-lengths, kind="stable")

@@ -20,6 +20,7 @@ from quatcache.data.samples import LAYOUTS
 from quatcache.errors import ConfigError
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
+from quatcache.training.calls import WINDOW
 from quatcache.training.columns import ColumnsInMaking, Part
 from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExpectedRows
@@ -171,6 +172,10 @@ class DatasetFill:
     def _windows(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
         """Give the indices of the samples to read, as many at once as the encoders split into calls together."""
         start = 0
+        if len(self._to_read) > batch_size * WINDOW:
+            first = self.chunk_reader[int(self._to_read[0])]
+            for encoder in self.encoders:
+                encoder.calls.look(first.items)
         while start < len(self._to_read):
             size = min(encoder.calls.window(batch_size, encoder.pace) for encoder in self.encoders)
             yield self._to_read[start : start + size]
