@@ -97,7 +97,7 @@ class FrozenEncoder:
             None  # items of the next batch, and what collate made of them
         )
         self._collates_ahead = True
-        self._seconds = 0.0  # of the last forward
+        self._seconds = float("inf")  # of a forward, of late
 
     def encode(self, items: Sequence[Any], following: Sequence[Any] = ()) -> Any:
         """Encode one batch; the first batch twice, to see that both passes agree.
@@ -142,13 +142,13 @@ class FrozenEncoder:
     def _prepare(self, items: Sequence[Any]) -> None:
         try:
             self._prepared = (items, self.encoder.collate(items))
-        except BaseException:
+        except Exception:  # what it was, the next encode finds out
             self._collates_ahead = False
 
     def _timed_rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor | PaddedSequences:
         started = time.perf_counter()
         rows = self._rows(inputs, items)
-        self._seconds = time.perf_counter() - started
+        self._seconds = min(time.perf_counter() - started, 2 * self._seconds)  # a busy machine has long ones
         return rows
 
     def _rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor | PaddedSequences:

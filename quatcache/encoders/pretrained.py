@@ -142,13 +142,19 @@ def count_tokens(tokenizer: Any, texts: Sequence[str], prompt: str | None, limit
 
     if limit is None:
         return count(whole)
-    characters = limit * _CHARACTERS_OF_TOKEN
-    counts = count([text[:characters] for text in whole])
-    unsure = [place for place, text in enumerate(whole) if len(text) > characters and counts[place] < limit]
+    heads = [_beginning(text, limit * _CHARACTERS_OF_TOKEN) for text in whole]
+    counts = count(heads)
+    unsure = [place for place, text in enumerate(whole) if len(text) > len(heads[place]) and counts[place] < limit]
     if unsure:
         for place, tokens in zip(unsure, count([whole[place] for place in unsure]), strict=True):
             counts[place] = tokens
     return counts
+
+
+def _beginning(text: str, characters: int) -> str:
+    """Cut a text at a space: within a word, its pieces would be others than those of the whole word."""
+    end = text.rfind(" ", 0, characters) if len(text) > characters else -1
+    return text if end < 0 else text[:end]
 
 
 def floating_dtype(module: nn.Module) -> torch.dtype | None:
