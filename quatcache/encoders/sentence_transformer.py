@@ -321,10 +321,11 @@ class _Collator:
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         task = _task(self.model, self.role)
         if hasattr(self.model, "preprocess"):
+            first: Any = self.model[0]
             if _pads_nothing(self.model) and all(type(item) is str for item in items):
-                # the model would only ask of each text whether it is the path of an image, which takes half as long
-                # as looking up its tokens
-                return dict(self.model[0].preprocess(list(items), prompt=self.prompt, **task))
+                # The model itself would only ask of each text whether it is the path of an image, at a fifth of the
+                # cost of its tokens.
+                return dict(first.preprocess(list(items), prompt=self.prompt, **task))
             return dict(self.model.preprocess(list(items), prompt=self.prompt, **task))
         texts = [self.prompt + item for item in items] if self.prompt else list(items)
         features: dict[str, Any] = dict(self.model.tokenize(texts))
