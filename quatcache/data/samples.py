@@ -135,6 +135,8 @@ def read_sample(sample: Any) -> ReadSample:
         >>> read_sample({"text": "a gloss", "label": 4})[1:]
         (('a gloss',), (4,))
     """
+    if type(sample) is tuple and len(sample) == 2:  # the common case first: a fill does little else for each row
+        return ReadSample(GROUPS, sample[:1], sample[1:])
     if isinstance(sample, SimilarityGroupSample):
         return ReadSample(GROUPS, (sample.obj,), (sample.group,))
     if isinstance(sample, SimilarityPairSample):

@@ -2,10 +2,19 @@
 
 A cache is right only if the encoder gives the same row each time. So before the first row is stored: no parameter may
 require a gradient, every module must be in eval mode, and the first batch is encoded twice and compared.
+
+While a batch is encoded, a thread collates the next one. It never runs at any other time: tokenizers are not made for
+two threads, and what stands between two batches (a commit, a look at the identity) may use them. The thread saves time
+and decides nothing. What fails in it is collated again where it would have been without it, so errors come from
+there, and a ``collate`` that is bound to its thread, as a database connection is, works and is called there from then
+on.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -60,6 +69,9 @@ class FrozenEncoder:
         place: Moves collated inputs to where the encoder computes; None leaves them.
         context: Entered around each forward, for instance autocast; None: nothing.
 
+    Attributes:
+        proven: Whether two passes over one batch have agreed.
+
     Raises:
         NotFrozenError: See :func:`prove_fixed`; and from :meth:`encode` if two passes over the first batch differ.
 
@@ -84,13 +96,20 @@ class FrozenEncoder:
         self.encoder = encoder
         self._place = place or (lambda inputs: inputs)
         self._context = context or nullcontext
-        self._repeatable = False
+        self.proven = False
+        self._prepared: tuple[Sequence[Any], Any] | None = (
+            None  # items of the next batch, and what collate made of them
+        )
+        self._collates_ahead = True
+        self._seconds = float("inf")  # of a forward, of late
 
-    def encode(self, items: Sequence[Any]) -> Any:
+    def encode(self, items: Sequence[Any], following: Sequence[Any] = ()) -> Any:
         """Encode one batch; the first batch twice, to see that both passes agree.
 
         Args:
             items: B items.
+            following: Items of the next batch: the same object is passed as ``items`` then. They are collated while
+                these are encoded.
 
         Returns:
             Rows ``(B, *shape)`` on the encoder's device, without gradient; or
@@ -101,11 +120,39 @@ class FrozenEncoder:
             EncoderOutputError: Neither of both, not one row per item, or not finite.
             NotFrozenError: Two passes over the first batch differ.
         """
-        inputs = self._place(collate_items(self.name, self.encoder.collate, items))
-        rows = self._rows(inputs, items)
-        if not self._repeatable:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is items:
+            inputs = self._place(prepared[1])
+        else:
+            inputs = self._place(collate_items(self.name, self.encoder.collate, items))
+        if not self.proven:
+            rows = self._timed_rows(inputs, items)
+            if following:  # before the second pass: a collate that leaves something to forward shows as a difference
+                self._prepare(following)
             self._compare(rows, self._rows(inputs, items))
-            self._repeatable = True
+            self.proven = True
+            return rows
+        if not following or not self._collates_ahead or self._seconds < sys.getswitchinterval():
+            return self._timed_rows(inputs, items)  # two threads would only wait for each other
+        thread = threading.Thread(target=self._prepare, args=(following,), name="quatcache-collate", daemon=True)
+        thread.start()
+        try:
+            rows = self._timed_rows(inputs, items)
+            thread.join()
+            return rows
+        finally:
+            thread.join()  # also if Ctrl-C came in the other one: nothing goes on behind an error
+
+    def _prepare(self, items: Sequence[Any]) -> None:
+        try:
+            self._prepared = (items, self.encoder.collate(items))
+        except Exception:  # what it was, the next encode finds out
+            self._collates_ahead = False
+
+    def _timed_rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor | PaddedSequences:
+        started = time.perf_counter()
+        rows = self._rows(inputs, items)
+        self._seconds = min(time.perf_counter() - started, 2 * self._seconds)  # a busy machine has long ones
         return rows
 
     def _rows(self, inputs: Any, items: Sequence[Any]) -> torch.Tensor | PaddedSequences:

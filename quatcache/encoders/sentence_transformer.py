@@ -23,7 +23,7 @@ from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
 from quatcache.encoders.layouts import absolute, sentence_transformer_later
-from quatcache.encoders.pretrained import chain_facts, floating_dtype, text_length
+from quatcache.encoders.pretrained import chain_facts, count_tokens, floating_dtype, text_length
 from quatcache.encoders.saved import (
     read_settings,
     refuse_classes,
@@ -32,6 +32,7 @@ from quatcache.encoders.saved import (
     saved_dtype,
     write_settings,
 )
+from quatcache.encoders.sentence_collator import Collator, pads_nothing, task_of
 from quatcache.encoders.serialised import JSON
 from quatcache.encoders.weights import copy_without_weights, package_of
 from quatcache.errors import ConfigError, FormatError, ModelDefinitionError
@@ -52,6 +53,8 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
     "max_seq_length": (int,),
     "dtype": (str,),
 }
+_UNBOUNDED = 10**9
+"""A tokenizer without a limit names a number beyond this."""
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -111,6 +114,7 @@ class SentenceTransformerEncoder(Encoder):
         self.truncate_dim = truncate_dim
         self._prompt, self._prompt_name, self._max_seq_length = prompt, prompt_name, max_seq_length
         self._prompt_is_open = prompt is None
+        self._pads_nothing: bool | None = None  # found out when the model is loaded
         self._modules["model"] = None  # the first of the modules, whenever it is loaded
         self._name = _checked_name(model)
         if self._name is not None and not trainable:
@@ -202,8 +206,28 @@ class SentenceTransformerEncoder(Encoder):
         return item
 
     def length(self, item: Any) -> int:
-        """Count the characters of an item."""
-        return text_length(item)
+        """Count the characters of an item; 0 where a model pads nothing, so that sorting would gain nothing."""
+        if self._pads_nothing is None:
+            self._pads_nothing = pads_nothing(self.model)
+        return 0 if self._pads_nothing else text_length(item)
+
+    def token_counts(self, items: Sequence[Any]) -> Sequence[int] | None:
+        """Count the tokens of texts, prompt included.
+
+        Returns:
+            None for other items, for models other than a transformer with its tokenizer, or if a subclass collates or
+            sorts.
+        """
+        own, first = type(self), self.model[0]
+        if own.collate is not SentenceTransformerEncoder.collate or own.length is not SentenceTransformerEncoder.length:
+            return None
+        if not hasattr(first, "auto_model") or not callable(getattr(first, "tokenizer", None)):
+            return None
+        if not all(isinstance(item, str) for item in items):
+            return None
+        limit = getattr(first, f"{self.role}_length", None) or getattr(self.model, "max_seq_length", None)
+        bounded = isinstance(limit, int) and limit < _UNBOUNDED
+        return count_tokens(first.tokenizer, items, self.prompt, limit if bounded else None)
 
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
         """Tokenize (or process) items, with the prompt.
@@ -214,7 +238,7 @@ class SentenceTransformerEncoder(Encoder):
         Returns:
             The features of the model by name: tensors, and a few settings.
         """
-        return _Collator(self.model, self.prompt, self.role)(items)
+        return Collator(self.model, self.prompt, self.role)(items)
 
     def collate_fn(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
         """Give a callable that collates as this encoder does and holds none of its weights.
@@ -224,7 +248,7 @@ class SentenceTransformerEncoder(Encoder):
         if type(self).collate is not SentenceTransformerEncoder.collate:
             self.ensure_loaded()  # once here, and not in each worker
             return self.collate
-        return _Collator(copy_without_weights(self.model), self.prompt, self.role)
+        return Collator(copy_without_weights(self.model), self.prompt, self.role)
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
         """Encode collated items.
@@ -239,7 +263,7 @@ class SentenceTransformerEncoder(Encoder):
         if "prompt_length" in features and "attention_mask" in features:
             # Older poolings take the prompt out of the mask in place.
             features["attention_mask"] = features["attention_mask"].clone()
-        rows: Tensor = self.model(features, **_task(self.model, self.role))["sentence_embedding"]
+        rows: Tensor = self.model(features, **task_of(self.model, self.role))["sentence_embedding"]
         truncate = self.truncate_dim if self.truncate_dim is not None else getattr(self.model, "truncate_dim", None)
         if truncate is not None:
             rows = rows[..., :truncate]
@@ -329,25 +353,6 @@ class SentenceTransformerEncoder(Encoder):
         return encoder
 
 
-class _Collator:
-    """The collating half of a model; a class of its own so that it pickles without the encoder."""
-
-    def __init__(self, model: SentenceTransformer, prompt: str | None, role: str | None) -> None:
-        self.model, self.prompt, self.role = model, prompt, role
-
-    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        task = _task(self.model, self.role)
-        if hasattr(self.model, "preprocess"):
-            return dict(self.model.preprocess(list(items), prompt=self.prompt, **task))
-        texts = [self.prompt + item for item in items] if self.prompt else list(items)
-        features: dict[str, Any] = dict(self.model.tokenize(texts))
-        if self.prompt:
-            prompt = self.model.tokenize([self.prompt])
-            if "input_ids" in prompt:
-                features["prompt_length"] = prompt["input_ids"].shape[-1] - 1
-        return features
-
-
 def _checked_name(model: Any) -> str | None:
     """Give the name of a model that is to be loaded, absolute if it is a directory; None for a loaded one.
 
@@ -376,8 +381,3 @@ def _is_path(name: str) -> bool:
 
 def _unloadable(name: str, reason: str) -> ConfigError:
     return ConfigError(f"encoder {name!r} cannot be loaded ({reason}); pass a directory or a name on the hub.")
-
-
-def _task(model: SentenceTransformer, role: str | None) -> dict[str, str]:
-    """Give the argument that chooses a route; versions before 5 have no routes by role."""
-    return {"task": role} if role is not None and hasattr(model, "encode_query") else {}

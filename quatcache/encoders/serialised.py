@@ -40,6 +40,8 @@ _IGNORED_IN_LIBRARIES = frozenset(
 _PLACES = ("path", "_dir", "folder")
 _FILES = frozenset({"tokenizer_file", "vocab_file"})
 _INLINE = 200
+_KNOWN: dict[str, dict[str, JSON]] = {}  # facts of serialised tokenizers by digest
+_KEPT = 16
 
 
 def is_ignored(name: str, value: Any = None, *, library: bool = True, private: bool = False) -> bool:
@@ -191,12 +193,9 @@ def tokenizer_facts(tokenizer: Any, prefix: str = "tokenizer.") -> dict[str, JSO
     facts: dict[str, JSON] = {}
     backend = tokenizer if hasattr(tokenizer, "to_str") else getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
-        serialised = json.loads(backend.to_str())
-        for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model"):
-            flatten(_digest_vocabulary(serialised.get(part)), prefix + part, facts)
-        for part in ("truncation", "padding") if backend is tokenizer else ():
-            if serialised.get(part) is not None:
-                flatten(serialised[part], prefix + part, facts)
+        for name, value in _serialised_facts(backend.to_str()).items():
+            if backend is tokenizer or not name.startswith(("truncation", "padding")):
+                facts[prefix + name] = value
     elif hasattr(tokenizer, "get_vocab"):
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
         facts[prefix + "class"] = type(tokenizer).__name__
@@ -209,6 +208,23 @@ def tokenizer_facts(tokenizer: Any, prefix: str = "tokenizer.") -> dict[str, JSO
     if template:
         flatten(template, prefix + "chat_template", facts)
     return facts
+
+
+def _serialised_facts(serialised: str) -> dict[str, JSON]:
+    """List the facts of a serialised tokenizer, which is parsed once: a fill asks again at every commit."""
+    digest = xxhash.xxh3_128_hexdigest(serialised.encode())
+    if digest not in _KNOWN:
+        facts: dict[str, JSON] = {}
+        entries = json.loads(serialised)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model"):
+            flatten(_digest_vocabulary(entries.get(part)), part, facts)
+        for part in ("truncation", "padding"):
+            if entries.get(part) is not None:
+                flatten(entries[part], part, facts)
+        if len(_KNOWN) >= _KEPT:
+            _KNOWN.clear()
+        _KNOWN[digest] = facts
+    return _KNOWN[digest]
 
 
 def _digest_vocabulary(part: Any) -> Any:

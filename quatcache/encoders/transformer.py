@@ -23,7 +23,14 @@ from quatcache.encoders.deferred import as_if_alone, is_loaded
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts, weight_facts
 from quatcache.encoders.layouts import absolute, transformer_later
-from quatcache.encoders.pretrained import floating_dtype, model_facts, model_tensors, processor_facts, text_length
+from quatcache.encoders.pretrained import (
+    count_tokens,
+    floating_dtype,
+    model_facts,
+    model_tensors,
+    processor_facts,
+    text_length,
+)
 from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
 from quatcache.encoders.serialised import JSON
 from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
@@ -216,6 +223,15 @@ class TransformersEncoder(Encoder):
     def length(self, item: Any) -> int:
         """Count the characters of an item."""
         return text_length(item)
+
+    def token_counts(self, items: Sequence[Any]) -> Sequence[int] | None:
+        """Count the tokens of texts, prompt included; None for other items, or if a subclass collates or sorts."""
+        own = type(self)
+        if own.collate is not TransformersEncoder.collate or own.length is not TransformersEncoder.length:
+            return None
+        if not all(isinstance(item, str) for item in items):
+            return None
+        return count_tokens(self._tokenizer, items, self.prompt, self.max_length)
 
     def collate(self, items: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize texts, with the prompt.

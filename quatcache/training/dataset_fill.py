@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import LAYOUTS
 from quatcache.errors import ConfigError
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
+from quatcache.training.calls import WINDOW
 from quatcache.training.columns import ColumnsInMaking, Part
-from quatcache.training.encoder_fill import WINDOW, EncoderFill
+from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExpectedRows
 from quatcache.training.keying import Chunk, ChunkReader
 from quatcache.training.progress import FillProgress
@@ -158,9 +159,7 @@ class DatasetFill:
             self._columns = None
             return
         columns = self._columns or ColumnsInMaking(len(self.dataset), self.table)
-        size = batch_size * WINDOW
-        chunks = BatchSampler(_Indices(self._to_read), size, drop_last=False)
-        for chunk in self.chunks(chunks, num_workers, context):
+        for chunk in self.chunks(self._windows(batch_size), num_workers, context):
             counts = Counts()
             for encoder in self.encoders:
                 chunk = encoder.resolve(chunk)
@@ -169,6 +168,18 @@ class DatasetFill:
             advance(len(chunk.indices), counts)
         self.settle(columns)
         self._columns = None
+
+    def _windows(self, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Give the indices of the samples to read, as many at once as the encoders split into calls together."""
+        start = 0
+        if len(self._to_read) > batch_size * WINDOW:
+            first = self.chunk_reader[int(self._to_read[0])]
+            for encoder in self.encoders:
+                encoder.calls.look_ahead(first.items)
+        while start < len(self._to_read):
+            size = min(encoder.calls.window(batch_size, encoder.pace) for encoder in self.encoders)
+            yield self._to_read[start : start + size]
+            start += size
 
     def count_known(self) -> None:
         """Count the items that need not be read among those that were asked for and found."""
@@ -303,19 +314,6 @@ class DatasetFill:
             encoder.refuse_misses(self.name, numbers)
             rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))
         return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
-
-
-class _Indices(Sampler[int]):
-    """Yields indices as Python ints, which is what datasets expect, without a list of all of them."""
-
-    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
-        self._indices = indices
-
-    def __iter__(self) -> Iterator[int]:
-        return map(int, self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
 
 
 class _Lists(Sampler[list[int]]):

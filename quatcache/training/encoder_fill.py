@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from quatcache.keys import KeyArray, distinct
 from quatcache.read_through import Counts, fill_through, read_through
 from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
 from quatcache.store.buffer import as_rows
+from quatcache.training.calls import CallPlan
 from quatcache.training.canary import Canary
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk, KeyScheme
@@ -31,10 +31,7 @@ from quatcache.units import readable_size
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["WINDOW", "EncoderFill"]
-
-WINDOW = 16
-"""Encoder batches of one chunk: items are sorted by length within a chunk, so that a batch has little padding."""
+__all__ = ["EncoderFill"]
 
 
 @dataclass
@@ -46,7 +43,7 @@ class EncoderFill:
         scheme: How it keys items.
         store: Where its rows go.
         frozen: Makes the real encoder ready, once, when the first item must be encoded.
-        length: Estimates the cost of an item.
+        calls: Splits items into calls.
         counts: What was done so far.
         extracted: Compares items of one extracted key; None with default keys.
         canary: Compares stored rows with what the encoder gives now; None for rows of this run only.
@@ -66,7 +63,7 @@ class EncoderFill:
     scheme: KeyScheme
     store: RowStore
     frozen: Callable[[], FrozenEncoder]
-    length: Callable[[Any], int]
+    calls: CallPlan
     counts: Counts = field(default_factory=Counts)
     extracted: ExtractedKeys | None = None
     canary: Canary | None = None
@@ -198,7 +195,8 @@ class EncoderFill:
         if isinstance(kept, BudgetStore):
             positions = kept.affordable(keys)
             keys, items = keys[positions], [items[position] for position in positions.tolist()]
-        counts = fill_through(keys, partial(self._encode, items), kept, batches=self._batching(items, batch_size))
+        calls = _Calls(self, items, batch_size, ahead=True)
+        counts = fill_through(keys, calls.encode, kept, batches=calls.split)
         self.counts += counts
         return counts
 
@@ -226,18 +224,19 @@ class EncoderFill:
         if len(missing):
             self._decline_if_short()
         encoded, before = 0, self.seconds
+        calls = _Calls(self, items, batch_size, ahead=False)  # a step has few: no thread in training
 
         def compute(positions: Positions) -> Any:
             nonlocal encoded
             encoded += len(positions)
-            return self._encode(items, positions)
+            return calls.encode(positions)
 
         with isolate_rng() if len(missing) else nullcontext():  # the step must draw what it draws without a cache
             try:
-                rows = read_through(keys, compute, self._kept, batches=self._batching(items, batch_size))
+                rows = read_through(keys, compute, self._kept, batches=calls.split)
             except StoreError as error:  # a full disk: what was committed is kept, and the rest stays in memory
                 self.decline(error)
-                rows = read_through(keys, compute, self._kept, batches=self._batching(items, batch_size))
+                rows = read_through(keys, compute, self._kept, batches=calls.split)
         self.counts += Counts(len(keys), len(keys) - len(missing), len(missing) - encoded, encoded)
         self.in_steps += encoded
         if encoded:
@@ -248,18 +247,42 @@ class EncoderFill:
             self.fill_seconds += (self.seconds - before) * kept / encoded
         return rows
 
-    def _encode(self, items: Sequence[Any], positions: Positions) -> Any:
-        encoder, started = self.frozen(), time.monotonic()
-        rows = encoder.encode([items[position] for position in positions.tolist()])
-        if self.dtype is not None:  # the same row whether it is found or was just made
-            rows = as_rows(rows, None, self.dtype).to(rows.dtype)
-        self.seconds += time.monotonic() - started
+
+class _Calls:
+    """The encoder calls for the misses among some items: how read-through splits them, and what computes each.
+
+    Args:
+        fill: The encoder.
+        items: N items.
+        batch_size: Upper bound of items per call.
+        ahead: Whether the next call is collated while one is encoded.
+    """
+
+    def __init__(self, fill: EncoderFill, items: Sequence[Any], batch_size: int, *, ahead: bool) -> None:
+        self._fill = fill
+        self._items = items
+        self._batch_size = batch_size
+        self._ahead = ahead
+        self._current: Sequence[Any] = ()
+        self._following: Sequence[Any] = ()
+
+    def split(self, positions: Positions) -> Iterator[Positions]:
+        encoder, started = self._fill.frozen(), time.monotonic()
+        items = [self._items[position] for position in positions.tolist()]
+        calls = self._fill.calls.split(items, self._batch_size)
+        if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is the cheapest call
+            calls.insert(0, calls.pop())
+        self._following = [items[place] for place in calls[0].tolist()]
+        self._fill.seconds += time.monotonic() - started
+        for call, following in zip(calls, [*calls[1:], calls[0][:0]], strict=True):
+            self._current, self._following = self._following, [items[place] for place in following.tolist()]
+            yield positions[call]
+
+    def encode(self, positions: Positions) -> Any:
+        """Encode the call that was split off last."""
+        encoder, started = self._fill.frozen(), time.monotonic()
+        rows = encoder.encode(self._current, self._following if self._ahead else ())
+        if self._fill.dtype is not None:  # the same row whether it is found or was just made
+            rows = as_rows(rows, None, self._fill.dtype).to(rows.dtype)
+        self._fill.seconds += time.monotonic() - started
         return rows
-
-    def _batching(self, items: Sequence[Any], batch_size: int) -> Callable[[Positions], Iterable[Positions]]:
-        def batches(positions: Positions) -> Iterable[Positions]:
-            lengths = np.array([self.length(items[position]) for position in positions.tolist()])
-            ordered = positions[np.argsort(-lengths, kind="stable")]  # longest first: memory runs out at once or never
-            return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
-
-        return batches

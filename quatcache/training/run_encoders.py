@@ -14,6 +14,7 @@ from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.errors import NotFrozenError, StoreError
 from quatcache.store import CacheDirectory, RowStore, TensorStore
+from quatcache.training.calls import CallPlan
 from quatcache.training.config import CacheConfig
 from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExtractedKeys
@@ -115,7 +116,7 @@ class RunEncoders:
                 scheme,
                 stores[own],
                 partial(self._encoder_to_fill, name),
-                encoder.length,
+                CallPlan(name, encoder, device),
                 extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
                 canary=canary_for(
                     name,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from quatcache.encoders import SentenceTransformerEncoder
-from quatcache.encoders.sentence_transformer import _Collator
+from quatcache.encoders.sentence_collator import Collator
 from quatcache.errors import ConfigError, ModelDefinitionError
 
 TEXTS = ["acute myocardial infarction", "cholera", "Injury of the left ankle, subsequent encounter, with sequela", "a"]
@@ -220,7 +220,7 @@ class OldModel:
 def test_older_library_collates_alike(own_minilm, prompt):
     own_minilm.set_pooling_include_prompt(False)
     encoder = SentenceTransformerEncoder(own_minilm, prompt=prompt)
-    inputs = _Collator(OldModel(own_minilm), prompt, None)(TEXTS)
+    inputs = Collator(OldModel(own_minilm), prompt, None)(TEXTS)
     assert inputs.get("prompt_length") == encoder.collate(TEXTS).get("prompt_length")
     with torch.no_grad():
         assert torch.equal(encoder(inputs), rows(encoder))
@@ -324,3 +324,41 @@ def test_model_with_an_adapter_that_is_not_merged_is_not_saved(own_minilm, tmp_p
     own_minilm[0].model = peft.get_peft_model(own_minilm[0].auto_model, peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(ModelDefinitionError, match="not merged; call merge_and_unload"):
         SentenceTransformerEncoder(own_minilm).save(tmp_path)
+
+
+LONG = [*TEXTS, "", "a", "long words " * 400, "x" * 5000, "x" * 5000 + " y", " " * 9000 + "the end"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "query_length"),
+    [({}, None), ({"prompt": "query: "}, None), ({"max_seq_length": 5, "prompt": "a b"}, None), ({"role": "query"}, 7)],
+    ids=["plain", "prompt", "short", "role"],
+)
+def test_token_counts_are_those_of_collate(own_minilm, settings, query_length):
+    own_minilm[0].query_length = query_length
+    encoder = SentenceTransformerEncoder(own_minilm, **settings)
+    assert encoder.token_counts(LONG) == encoder.collate(LONG)["attention_mask"].sum(1).tolist()
+
+
+def test_tokens_are_not_counted_where_nothing_is_padded_or_a_subclass_decides(minilm, wordllama):
+    class Collates(SentenceTransformerEncoder):
+        def collate(self, items):
+            return super().collate([item["text"] for item in items])
+
+    class Sorts(SentenceTransformerEncoder):
+        def length(self, item):
+            return -len(item)
+
+    static = SentenceTransformerEncoder(wordllama)
+    assert static.token_counts(["a text"]) is None and static.length("a text") == 0
+    assert SentenceTransformerEncoder(minilm).token_counts(["a text", {"text": "b"}]) is None
+    assert Collates(minilm).token_counts(["a text"]) is None and Sorts(minilm).token_counts(["a text"]) is None
+
+
+@pytest.mark.parametrize("prompt", [None, "a prompt: "])
+def test_static_embeddings_are_those_of_encode(wordllama, prompt):
+    items = ["a text", "https://example.org/a.jpg", "/a/b.png", ""]
+    encoder = SentenceTransformerEncoder(wordllama, prompt=prompt)
+    with torch.no_grad():
+        given = encoder(encoder.collate(items))
+    assert torch.equal(given, wordllama.encode(items, prompt=prompt, convert_to_tensor=True))

@@ -211,3 +211,11 @@ def test_damaged_model_is_named(bert, tokenizer, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(FormatError, match="model cannot be loaded"):
         TransformersEncoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt": "a long prompt: "}, {"max_length": 6, "truncation_side": "left"}])
+def test_token_counts_are_those_of_collate(bert, tokenizer, settings):
+    encoder = TransformersEncoder(bert, tokenizer, **settings)
+    items = ["a text", "", "many words " * 500, "x" * 5000]
+    assert encoder.token_counts(items) == encoder.collate(items)["attention_mask"].sum(1).tolist()
+    assert encoder.token_counts([("a", "pair")]) is None

@@ -25,6 +25,7 @@ from quatcache.encoders.frozen import prove_fixed
 from quatcache.encoders.identity import autocast_of
 from quatcache.errors import ConfigError
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
+from quatcache.training.calls import CallPlan
 from quatcache.training.command_line import command_line
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
@@ -262,7 +263,7 @@ class _Planner:
                     scheme,
                     stores[own],
                     partial(frozen_as_in, self.trainer, name, encoder),
-                    encoder.length,
+                    CallPlan(name, encoder, self.trainer.strategy.root_device),
                     extracted=None if scheme.extractor is None else ExtractedKeys(scheme),
                 )
             )

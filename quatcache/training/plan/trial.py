@@ -15,7 +15,8 @@ from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import TensorStore
 from quatcache.store.protocol import RowShape, Values
-from quatcache.training.encoder_fill import WINDOW, EncoderFill
+from quatcache.training.calls import WINDOW
+from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk
 from quatcache.training.plan.counting import KeysOf, random_parts

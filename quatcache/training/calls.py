@@ -1,0 +1,131 @@
+"""How the items of one encoder are split into the calls of a fill.
+
+Padding is what a call of a text encoder wastes, and on a CPU a call of many long texts is slower per token than one of
+few: their activations leave the caches of the processor. So items are sorted by tokens within a window of the dataset,
+and on the CPU a call takes items, longest first, until its tokens, padding included, reach a budget. An accelerator
+wants as many tokens as it is given, so there only the batch size counts, as its user chose it to fit the memory.
+
+Calls do not enter the identity of an encoder: a row differs by 1e-7 of its length with the padding beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from quatcache.data.batches import collate_items
+from quatcache.encoders.deferred import is_loaded
+from quatcache.encoders.encoder import Encoder
+from quatcache.errors import BatchLengthError
+from quatcache.store import Positions
+
+__all__ = ["TOKENS_PER_CALL", "WINDOW", "CallPlan"]
+
+WINDOW = 16
+"""Encoder batches of one window: items are sorted by length within it, so that a call has little padding."""
+
+COUNTED_WINDOW = 2048
+"""Items of a window of texts, which take little room: sorted, 1% of its tokens are padding, of 512 texts 4%."""
+
+WINDOW_SECONDS = 30.0
+"""A slow encoder gets no larger windows than it does in this time: the progress bar moves with them."""
+
+FIRST_WINDOW = 1024
+"""Items of a window of texts while the pace of the encoder is not known."""
+
+TOKENS_PER_CALL = 2048
+"""Tokens of a call on the CPU, padding included."""
+
+
+class CallPlan:
+    """Splits items into calls.
+
+    Args:
+        name: The encoder's name in its model, for messages.
+        encoder: The encoder.
+        device: Where it computes.
+
+    Attributes:
+        counts_tokens: Whether the items that were looked at last have token counts.
+
+    Example:
+        >>> from quatcache.encoders import Encoder
+        >>> class Words(Encoder):
+        ...     def token_counts(self, items):
+        ...         return [len(item.split()) for item in items]
+        >>> plan = CallPlan("words", Words(), torch.device("cpu"))
+        >>> [call.tolist() for call in plan.split(["a", "a b c", "d", "a b"], batch_size=3)]
+        [[1, 3, 0], [2]]
+    """
+
+    def __init__(self, name: str, encoder: Encoder, device: torch.device) -> None:
+        """Look at no item yet."""
+        self._name = name
+        self._encoder = encoder
+        self._budget = TOKENS_PER_CALL if device.type == "cpu" else None
+        self.counts_tokens = False
+
+    def window(self, batch_size: int, pace: float | None) -> int:
+        """Say how many samples to read before their items are split.
+
+        Args:
+            batch_size: Upper bound of items per call.
+            pace: Seconds that the encoder takes for an item; None: not known.
+        """
+        counted = min(COUNTED_WINDOW, int(WINDOW_SECONDS / pace)) if pace else FIRST_WINDOW
+        return max(batch_size * WINDOW, counted if self.counts_tokens else 0)
+
+    def look_ahead(self, items: Sequence[Any]) -> None:
+        """Find out whether items have token counts, unless the encoder would have to be loaded for it."""
+        if is_loaded(self._encoder):
+            self.look(items)
+
+    def look(self, items: Sequence[Any]) -> Sequence[int] | None:
+        """Find out whether items have token counts, and give them if so.
+
+        Args:
+            items: N items.
+
+        Raises:
+            CollateError: An item has tokens that cannot be counted.
+            BatchLengthError: Not one count per item.
+        """
+        counts: Sequence[int] | None = collate_items(self._name, self._encoder.token_counts, items)
+        if counts is not None and len(counts) != len(items):
+            raise BatchLengthError(
+                f"token_counts of encoder {self._name!r} returned {len(counts)} numbers for {len(items)} items; return "
+                "one per item, in order."
+            )
+        self.counts_tokens = counts is not None
+        return counts
+
+    def split(self, items: Sequence[Any], batch_size: int) -> list[Positions]:
+        """Give the positions of the items of each call, longest first: memory runs out at once or never.
+
+        Args:
+            items: N items.
+            batch_size: Upper bound of items per call.
+
+        Raises:
+            CollateError: An item has tokens that cannot be counted.
+            BatchLengthError: Not one count per item.
+        """
+        counts = self.look(items)
+        if counts is not None:
+            lengths = np.asarray(counts)
+        elif type(self._encoder).length is not Encoder.length:
+            lengths = np.array([self._encoder.length(item) for item in items])
+        else:
+            lengths = np.zeros(len(items), np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        calls, start = [], 0
+        while start < len(order):
+            size = batch_size
+            if counts is not None and self._budget is not None:
+                size = min(size, max(self._budget // max(int(lengths[order[start]]), 1), 1))
+            calls.append(order[start : start + size])
+            start += size
+        return calls
