@@ -207,7 +207,7 @@ class SentenceTransformerEncoder(Encoder):
 
     def length(self, item: Any) -> int:
         """Count the characters of an item; 0 where a model pads nothing, so that sorting would gain nothing."""
-        if self._pads_nothing is None:
+        if self._pads_nothing is None and is_loaded(self):
             self._pads_nothing = pads_nothing(self.model)
         return 0 if self._pads_nothing else text_length(item)
 
