@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -590,7 +591,7 @@ def test_measure_that_gets_wrong_rows_gives_no_figure(tmp_path, monkeypatch, mea
 
 @linux
 def test_anonymous_memory_counts_what_is_allocated_and_not_what_is_mapped(tmp_path):
-    size = 64 << 20
+    size = 256 << 20  # much more than what else is freed meanwhile
     (tmp_path / "zeros").write_bytes(bytes(size))
     with Peak() as mapped:
         view = np.memmap(tmp_path / "zeros", mode="r")
@@ -600,8 +601,10 @@ def test_anonymous_memory_counts_what_is_allocated_and_not_what_is_mapped(tmp_pa
     with Peak() as given_back:
         taken_again = np.ones(size, np.uint8)
         held = anonymous_bytes()
-        while given_back.highest < size * 0.9:  # until the other thread has looked
-            pass
+        for _ in range(1000):  # until the other thread has looked
+            if given_back.highest >= size * 0.9:
+                break
+            threading.Event().wait(0.01)
         del taken_again
     assert mapped.highest < size / 4
     assert taken.left > size * 0.9

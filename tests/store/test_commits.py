@@ -1,6 +1,7 @@
 """Commits in the background: rows go on being put and found while those before them are written."""
 
 import _thread
+import signal
 import threading
 
 import pytest
@@ -39,6 +40,14 @@ def full(monkeypatch):
 
     monkeypatch.setattr(commits, "write_shard", failing)
     return trouble
+
+
+@pytest.fixture
+def interruptible():
+    """Have Ctrl-C raise KeyboardInterrupt, also in a worker of pytest-xdist, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def shard_of_two(directory):
@@ -103,7 +112,7 @@ def test_marks_and_refreshes_come_after_what_is_being_written(tmp_path, slow):
     assert store.refresh() and held(store, *range(8)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_interrupt_while_a_commit_is_awaited_loses_nothing(tmp_path, monkeypatch):
+def test_interrupt_while_a_commit_is_awaited_loses_nothing(tmp_path, monkeypatch, interruptible):
     ready, write_shard = threading.Event(), commits.write_shard
 
     def interrupting(*arguments, **settings):

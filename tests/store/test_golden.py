@@ -466,7 +466,7 @@ def test_every_file_of_a_run_stands_in_the_layout(golden):
     named = {"<16 hex>": "[0-9a-f]{16}", "<32 hex>": HEX.pattern, "<digest>": HEX.pattern, "<dtype>": "[a-z]+[0-9]+"}
     patterns = []
     for line in section("Layout").splitlines():
-        if line.strip().startswith("filling/"):  # the rest is there only while several processes of one run fill
+        if line.strip().startswith("filling/"):  # the rest is there for several processes and for some encoders only
             break
         match = re.match(r"^ {6,}((?:[^\s<]|<[^>]*>)+)", line)
         if match and re.search(r"[/.<]", match[1]):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,9 @@ def die(call, at, until=None):
     if call == at:
         if until is not None:
             assert until.wait(60)
+        for thread in threading.enumerate():  # so that it is known what is committed
+            if thread.name.startswith("quatcache-commit"):
+                thread.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
 

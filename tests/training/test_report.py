@@ -64,8 +64,8 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     found = model.cache_callback.report
     assert found.epoch_seconds == [1.0, 1.0, 1.0]
     assert found.encoders["default"].served == 3 * (4 * 8 + 10)
-    assert found.encoders["default"].pace == 0.5 / 8
-    assert found.uncached_epoch == pytest.approx(1.0 + 42 * 2.5 / 40)
+    assert found.encoders["default"].pace == 6 * 0.5 / 40  # they are sorted once, and encoded in five calls
+    assert found.uncached_epoch == pytest.approx(1.0 + 42 * 3.0 / 40)
 
 
 def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
@@ -76,11 +76,11 @@ def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
         model = Model(cache=CacheConfig(save_dir=tmp_path, batch_size=8))
         fit(model, loader(Texts(texts(count))))
         reports.append(model.cache_callback.report)
-    assert [found.encoders["default"].pace for found in reports] == [0.5 / 8] * 4
+    assert [found.encoders["default"].pace for found in reports] == [6 * 0.5 / 40] * 4
     assert [found.encoded for found in reports] == [40, 0, 40, 0]
-    assert reports[3].uncached_epoch == 1.0 + 80 * 0.5 / 8
+    assert reports[3].uncached_epoch == 1.0 + 80 * 6 * 0.5 / 40
     (path,) = tmp_path.glob("encoders/*")
-    assert Manifest.read(path).effort == (80, 5.0)
+    assert Manifest.read(path).effort == (80, 6.0)
 
 
 def test_pace_that_cannot_be_written_down_harms_nothing(tmp_path, monkeypatch):
