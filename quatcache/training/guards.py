@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 from torchmetrics.retrieval.base import RetrievalMetric
@@ -55,6 +59,8 @@ class FrozenGuard:
         self._time = time_func
         self._cost = 0.0  # seconds that digesting all tensors took
         self._since = 0.0  # when that was
+        self._parameters: list[nn.Parameter] | None = None  # all there are, while no module anywhere gets another
+        self._watching = _call_at_registrations(self, FrozenGuard._look_anew)
 
     def remember(self) -> None:
         """Take the encoders as they are now for those that made the rows.
@@ -75,12 +81,25 @@ class FrozenGuard:
         Returns:
             Its name and that of a parameter that requires a gradient; None: there is none.
         """
+        if self._parameters is not None and not any(one.requires_grad for one in self._parameters):
+            return None  # this is asked at each step, and a walk through a transformer takes a tenth of a small one
+        found = []
         for name, encoder in self._encoders.items():
             with passing_over([encoder]):
                 for path, parameter in encoder.named_parameters():
                     if parameter.requires_grad:
                         return name, path
+                    found.append(parameter)
+        self._parameters = found if self._watching.alive else None
         return None
+
+    def _look_anew(self) -> None:
+        self._parameters = None
+
+    def close(self) -> None:
+        """Leave the modules alone again."""
+        self._watching()
+        self._parameters = None
 
     def check_unchanged(self) -> None:
         """Refuse to go on with an encoder that has other weights or other modules than at the fill.
@@ -109,6 +128,24 @@ class FrozenGuard:
         if thorough:
             self._since = self._time()
             self._cost = self._since - started
+
+
+def _call_at_registrations(guard: FrozenGuard, call: Callable[[FrozenGuard], None]) -> weakref.finalize[Any, Any]:
+    """Have a method called when any module gets a parameter or a module, until that is ended or the guard is gone."""
+    alive = weakref.ref(guard)
+
+    def tell(module: nn.Module, name: str, value: object) -> None:
+        guard = alive()
+        if guard is not None:
+            call(guard)
+
+    handles = (register_module_parameter_registration_hook(tell), register_module_module_registration_hook(tell))
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return weakref.finalize(guard, end)
 
 
 @dataclass(frozen=True)

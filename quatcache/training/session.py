@@ -348,6 +348,7 @@ class CacheSession:
 
     def restore(self) -> None:
         """Put encoders and loader sources back, on the device where the module is now."""
+        self.guard.close()
         self.sources.restore()
         for entry in self._quiet:
             if entry in warnings.filters:

@@ -25,7 +25,7 @@ from quatcache.encoders.weights import tensor_digest
 from quatcache.errors import ConfigError, ModelDefinitionError, NotFrozenError, StoreError
 from quatcache.training import guards
 from quatcache.training.guards import FrozenGuard
-from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts, trainer
+from tests.fits import Failing, HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -489,3 +489,55 @@ def test_loaders_in_a_dict_train_alike():
         trainer().fit(model, given)
         models.append(model)
     assert same_run(*models)
+
+
+def hooks_of_registrations():
+    module = nn.modules.module
+    return len(module._global_parameter_registration_hooks), len(module._global_module_registration_hooks)
+
+
+class Layered(HashingEncoder):
+    """An encoder with parts inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))]).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder: encoder.parts[0].requires_grad_(True),
+        lambda encoder: setattr(encoder.parts[1], "0", nn.Linear(2, 2)),
+        lambda encoder: encoder.parts.append(nn.Linear(2, 2)),
+        lambda encoder: encoder.parts[0].register_parameter("scale", nn.Parameter(torch.ones(1))),
+        lambda encoder: setattr(encoder.parts[0], "bias", nn.Parameter(torch.ones(2))),
+    ],
+    ids=["unfrozen", "exchanged", "appended", "registered", "replaced"],
+)
+def test_parameter_that_trains_is_seen_at_once_wherever_it_comes_from(change):
+    before = hooks_of_registrations()
+    encoder = Layered()
+    guard = FrozenGuard({"default": encoder})
+    assert guard.unfrozen() is None and guard.unfrozen() is None
+    change(encoder)
+    assert guard.unfrozen()[0] == "default"
+    guard.close()
+    assert hooks_of_registrations() == before
+    assert guard.unfrozen()[0] == "default"
+    encoder.requires_grad_(False)
+    assert guard.unfrozen() is None
+    encoder.parts[0] = nn.Linear(2, 2)
+    assert guard.unfrozen()[0] == "default"  # what was closed does not remember
+
+
+def test_nothing_watches_modules_after_a_run_however_it_ends():
+    before = hooks_of_registrations()
+    fit(Model(cache=CacheConfig()), loader(Texts(texts(20))))
+    assert hooks_of_registrations() == before
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fit(Model(cache=CacheConfig()), loader(Texts(texts(20))), callbacks=[Failing(RuntimeError("in the middle"))])
+    assert hooks_of_registrations() == before
+    guard = FrozenGuard({})
+    del guard
+    assert hooks_of_registrations() == before
