@@ -31,6 +31,8 @@ def to_device(inputs: Any, device: torch.device) -> Any:
         return inputs if inputs.device == device else inputs.to(device, non_blocking=device.type not in ("cpu", "mps"))
     if type(inputs) is dict:
         return {name: to_device(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, tuple) and callable(getattr(inputs, "to", None)):
+        return inputs.to(device)  # type: ignore[attr-defined]  # a packed sequence keeps its sizes where they are
     if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
         return type(inputs)(*(to_device(value, device) for value in inputs))
     if isinstance(inputs, list | tuple):

@@ -118,9 +118,6 @@ class Encoder(nn.Module):
     def collate(self, items: Sequence[Any]) -> Any:
         """Turn a batch of items into the input of :meth:`forward`; runs in the workers of a loader.
 
-        In a fill it runs in a thread of its own, while :meth:`forward` encodes the batch before: what forward needs is
-        returned, not left in an attribute.
-
         Args:
             items: One or more items, as the dataset gave them.
 
@@ -190,6 +187,18 @@ class Encoder(nn.Module):
         """
         return None
 
+    def collates_apart(self, items: Sequence[Any]) -> bool:
+        """Say whether a thread may collate items while :meth:`forward` encodes those before them, as a fill then does.
+
+        Args:
+            items: One or more items, as the dataset gave them.
+
+        Returns:
+            True only if collate and forward share nothing: no attribute that one of them writes, no random numbers, and
+            no setting of the process, such as the default dtype, which mixed precision changes during forward.
+        """
+        return False
+
     def identity(self) -> Mapping[str, JSON]:
         """Name what else decides the output, beside the weights and settings that are found by themselves.
 
@@ -246,7 +255,7 @@ class Encoder(nn.Module):
         try:
             with as_if_alone(deferred.default_dtype):
                 model = self._load_deferred()
-                self._modules["model"] = deferred.place(model)
+                self._modules["model"] = deferred.place(model).train(self.training)
             if self.embedding_size != size:
                 raise ModelDefinitionError(
                     f"the files in {deferred.folders[0]} tell of embeddings of size {size}, the model itself gives "

@@ -109,7 +109,7 @@ class FrozenEncoder:
         Args:
             items: B items.
             following: Items of the next batch: the same object is passed as ``items`` then. They are collated while
-                these are encoded.
+                these are encoded, if the encoder says that they may be.
 
         Returns:
             Rows ``(B, *shape)`` on the encoder's device, without gradient; or
@@ -127,21 +127,26 @@ class FrozenEncoder:
             inputs = self._place(collate_items(self.name, self.encoder.collate, items))
         if not self.proven:
             rows = self._timed_rows(inputs, items)
-            if following:  # before the second pass: a collate that leaves something to forward shows as a difference
-                self._prepare(following)
             self._compare(rows, self._rows(inputs, items))
             self.proven = True
             return rows
-        if not following or not self._collates_ahead or self._seconds < sys.getswitchinterval():
-            return self._timed_rows(inputs, items)  # two threads would only wait for each other
+        if not self._may_prepare(following):
+            return self._timed_rows(inputs, items)
         thread = threading.Thread(target=self._prepare, args=(following,), name="quatcache-collate", daemon=True)
-        thread.start()
         try:
-            rows = self._timed_rows(inputs, items)
-            thread.join()
-            return rows
+            thread.start()
+        except RuntimeError:  # the system has no more threads
+            self._collates_ahead = False
+            return self._timed_rows(inputs, items)
+        try:
+            return self._timed_rows(inputs, items)
         finally:
-            thread.join()  # also if Ctrl-C came in the other one: nothing goes on behind an error
+            thread.join()  # also after Ctrl-C: nothing goes on behind an error
+
+    def _may_prepare(self, following: Sequence[Any]) -> bool:
+        if not following or not self._collates_ahead or self._seconds < sys.getswitchinterval():
+            return False  # two threads would only wait for each other
+        return self.encoder.collates_apart(following)
 
     def _prepare(self, items: Sequence[Any]) -> None:
         try:

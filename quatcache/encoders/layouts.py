@@ -122,7 +122,9 @@ def sentence_transformer_size(folder: Path) -> int | None:
             size = None if measure is None else measure(place)
             if size is None:
                 return None
-    return size
+    config = _read(folder / "config_sentence_transformers.json")
+    kept = _number(config, "truncate_dim") if isinstance(config, dict) else None
+    return size if size is None or kept is None else min(size, kept)
 
 
 def _saved_prompts(folder: Path) -> frozenset[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -137,7 +138,7 @@ class SentenceTransformerEncoder(Encoder):
         assert self._name is not None
         try:
             model = SentenceTransformer(self._name, device="cpu", trust_remote_code=False)
-        except (OSError, ValueError) as error:  # whatever the library makes of a name that leads nowhere
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # of a name that leads nowhere, of damage
             raise _unloadable(self._name, "".join(str(error).strip().splitlines()[:1])) from error
         if self._max_seq_length is not None:
             model.max_seq_length = self._max_seq_length
@@ -228,6 +229,12 @@ class SentenceTransformerEncoder(Encoder):
         limit = getattr(first, f"{self.role}_length", None) or getattr(self.model, "max_seq_length", None)
         bounded = isinstance(limit, int) and limit < _UNBOUNDED
         return count_tokens(first.tokenizer, items, self.prompt, limit if bounded else None)
+
+    def collates_apart(self, items: Sequence[Any]) -> bool:
+        """Say that texts are tokenized beside :meth:`forward`, unless a subclass has one of its own."""
+        own = type(self)
+        plain = own.collate is SentenceTransformerEncoder.collate and own.forward is SentenceTransformerEncoder.forward
+        return plain and all(isinstance(item, str) for item in items)
 
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
         """Tokenize (or process) items, with the prompt.

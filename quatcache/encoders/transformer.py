@@ -231,7 +231,13 @@ class TransformersEncoder(Encoder):
             return None
         if not all(isinstance(item, str) for item in items):
             return None
-        return count_tokens(self._tokenizer, items, self.prompt, self.max_length)
+        return count_tokens(self.tokenizer, items, self.prompt, self.max_length)
+
+    def collates_apart(self, items: Sequence[Any]) -> bool:
+        """Say that texts are tokenized beside :meth:`forward`, unless a subclass has one of its own."""
+        own = type(self)
+        plain = own.collate is TransformersEncoder.collate and own.forward is TransformersEncoder.forward
+        return plain and all(isinstance(item, str) for item in items)
 
     def collate(self, items: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize texts, with the prompt.

@@ -64,10 +64,17 @@ class Commit:
 
 
 def in_background(work: Callable[[], Result]) -> Future[Result]:
-    """Do something in a thread of its own, which the interpreter waits for when it ends."""
+    """Do something in a thread of its own, which the interpreter waits for when it ends; else here and now."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="quatcache-commit")
     try:
         return executor.submit(work)
+    except RuntimeError:  # the system has no more threads, or the interpreter is about to end
+        outcome: Future[Result] = Future()
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+        return outcome
     finally:
         executor.shutdown(wait=False)
 

@@ -296,10 +296,11 @@ class DiskStore:
         refused = frozenset(self._refused)
         work = partial(write_commit, self.directory, self.manifest, self._environment, refused, keys, rows, kind)
         count = sum(map(len, parts))
-        self._writing = Commit(buffer, parts, count, in_background(work))
-        self._placed.add(buffer.rows[:count])
-        self._pending = RowBuffer(dtype=self._dtype) if self._spare is None else self._spare
-        self._pending_keys, self._spare = [], None
+        placed = self._placed.with_part(buffer.rows[:count])
+        pending = RowBuffer(dtype=self._dtype) if self._spare is None else self._spare
+        commit = Commit(buffer, parts, count, in_background(work))
+        # nothing is called in between, so that Ctrl-C comes before or after all of it
+        self._placed, self._writing, self._pending, self._pending_keys, self._spare = placed, commit, pending, [], None
 
     def settle(self) -> None:
         """Wait for the commit that is on its way, if one is, and read its rows from their file from then on.

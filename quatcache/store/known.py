@@ -119,13 +119,16 @@ class KnownModels:
             (self._path / f"{fingerprint}.json").unlink()
 
     def digest(self, folders: Sequence[Path]) -> str | None:
-        """Digest the content of all files in some folders, with their names in there; hidden ones are left out.
+        """Digest the content of all files in some folders, with their names in there.
+
+        Hidden files are left out, and the cache directory if it lies in there.
 
         Returns:
             32 hex characters; None: not all can be read, or a link leads into another folder.
         """
         try:
-            listed = [[[name, self._checksum(file)] for name, file in _files(folder)] for folder in folders]
+            files = [list(_files(folder, self._path.parent)) for folder in folders]
+            listed = [[[name, self._checksum(file)] for name, file in some] for some in files]
         except (OSError, FormatError, StoreError):
             return None
         return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
@@ -161,8 +164,8 @@ def _state(status: os.stat_result) -> str:
     return f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Give the files in a folder in the order of their names.
+def _files(folder: Path, besides: Path) -> Iterator[tuple[str, Path]]:
+    """Give the files in a folder, but not in another one inside it, in the order of their names.
 
     Raises:
         OSError: It cannot be listed, or a link leads into another folder.
@@ -171,8 +174,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:
         raise error
 
+    left_out = besides.resolve()
     for home, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        seen = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in seen if (Path(home) / name).resolve() != left_out)
         if any((Path(home) / name).is_symlink() for name in folders):
             raise OSError(f"{home} has a link to a folder")
         for name in sorted(names):

@@ -48,6 +48,13 @@ class PlacedRows:
         self.parts.append(rows)
         self.count += len(rows)
 
+    def with_part(self, rows: Rows) -> PlacedRows:
+        """Give the same places and one more; these stay as they are."""
+        grown = PlacedRows()
+        grown.parts, grown.starts, grown.count = self.parts[:], self.starts[:], self.count
+        grown.add(rows)
+        return grown
+
     def take_back(self) -> None:
         """Drop the last part, and its numbers."""
         self.count -= len(self.parts.pop())

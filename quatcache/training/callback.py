@@ -72,6 +72,12 @@ class CacheCallback(Callback):
         if self._session is not None:
             self._session.prepare()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the losses of an earlier run: one that resumes in the middle of an epoch has no start of it."""
+        losses = _loss_log_of(pl_module)
+        if losses is not None:
+            losses.begin(pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the encoders are still those that filled the cache."""
         if self._session is not None:

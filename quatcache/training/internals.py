@@ -6,11 +6,12 @@ fails if a version of Lightning does without it.
 
 from __future__ import annotations
 
+import math
 import sys
 from types import FrameType
 from typing import Any
 
-from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer
+from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer, pl
 
 __all__ = [
     "acts_on_steps",
@@ -18,10 +19,9 @@ __all__ = [
     "is_attached",
     "is_bookkeeping",
     "loader_source",
-    "loggers_are_due",
-    "looks_between_steps",
     "looks_in_passing",
     "set_loader_source",
+    "unseen_steps",
 ]
 
 _ON_THE_WAY = ("torch.", "quatcache.")
@@ -49,33 +49,36 @@ def is_attached(module: LightningModule) -> bool:
     return getattr(module, "_trainer", None) is not None
 
 
-def loggers_are_due(trainer: Trainer) -> bool:
-    """Say, in a training step, whether its metrics go to the loggers."""
-    return bool(trainer._logger_connector.should_update_logs)
+def unseen_steps(trainer: Trainer, batch_idx: int) -> int:
+    """Count the training steps, from the one under way on, after which neither loggers nor monitors look at the loss.
 
-
-def looks_between_steps(trainer: Trainer, batch_idx: int) -> bool:
-    """Say, in a training step, whether a validation or the end of training may follow it.
+    They look every so many steps, when a validation follows, and when the epoch or the training ends.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer, in a training step.
         batch_idx: Of the step within its epoch.
     """
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
-        return True
-    if trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps:
-        return True
+    loop: Any = trainer.fit_loop.epoch_loop
     every: Any = trainer.val_check_batch
-    if every in (None, float("inf")):
-        return False
-    seen: int = trainer.fit_loop.epoch_loop.total_batch_idx
-    return bool((batch_idx + 1) % every == 0 or (seen + 1) % every == 0)
+    if getattr(trainer, "_val_check_time_interval", None) is not None or math.isinf(trainer.num_training_batches):
+        return 0  # by the clock, or by what the loader has: it can be any step
+    left = [trainer.num_training_batches - 1 - batch_idx]
+    logged: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if logged:
+        left.append(logged - 1 - loop._batches_that_stepped % logged)
+    if every not in (None, float("inf")):
+        left += [every - 1 - batch_idx % every, every - 1 - loop.total_batch_idx % every]
+    if trainer.max_steps != -1:
+        left.append(
+            trainer.max_steps - 1 - trainer.global_step if trainer.lightning_module.automatic_optimization else 0
+        )
+    return max(int(min(left)), 0)
 
 
 def acts_on_steps(callback: Callback) -> bool:
     """Say whether a callback of Lightning's own acts on the loss of a step, or may end the run after any step."""
     by_steps = getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None)
-    return bool(by_steps) or type(callback).__name__ == "Timer"
+    return bool(by_steps) or isinstance(callback, pl.callbacks.Timer)
 
 
 def looks_in_passing(module: LightningModule) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quatcache.training.internals import acts_on_steps, is_attached, loggers_are_due, looks_between_steps
+from quatcache.training.internals import acts_on_steps, is_attached, unseen_steps
 from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer
 
 __all__ = ["LossLog"]
@@ -31,6 +31,11 @@ _HOOKS_OF_STEPS = (
     "on_before_zero_grad",
     "on_train_batch_start",
     "on_train_batch_end",
+    "backward",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "lr_scheduler_step",
 )
 _OWN = (*LIGHTNING_PACKAGES, "quatcache.")
 
@@ -39,17 +44,19 @@ _OWN = (*LIGHTNING_PACKAGES, "quatcache.")
 class _Mean:
     """A mean in the making, with the arithmetic that Lightning has for means over an epoch."""
 
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    total: torch.Tensor | None = None
     count: int = 0
 
     def add(self, loss: torch.Tensor, size: int) -> None:
         value = loss.detach()
         if value.dtype not in (torch.float32, torch.float64):
             value = value.to(torch.float32)
-        self.total = self.total.to(value.device) + value * size
+        weighted = value * size
+        self.total = weighted if self.total is None else self.total + weighted
         self.count += size
 
     def result(self) -> torch.Tensor:
+        assert self.total is not None
         return self.total / torch.tensor(self.count, device=self.total.device)
 
 
@@ -64,11 +71,13 @@ class LossLog:
     time_func: Callable[[], float] = time.monotonic
     _means: dict[str, _Mean] = field(default_factory=dict)
     _each_step: bool = True
+    _unseen_until: int = 0  # of this epoch: no step before it is looked at
     _shown: float = -math.inf  # when a progress bar was last given a loss
 
     def begin(self, module: LightningModule) -> None:
         """Find out at the start of a training epoch who may look at the loss of a step."""
         self._means.clear()
+        self._unseen_until = 0
         self._each_step = _watched(module.trainer, module)
 
     def train(self, module: LightningModule, loss: torch.Tensor, size: int, batch_idx: int) -> None:
@@ -76,12 +85,16 @@ class LossLog:
         if not is_attached(module):
             module.log("train_loss", loss, batch_size=size, prog_bar=True)
             return
-        trainer, mean = module.trainer, self._means.setdefault("train", _Mean())
-        mean.add(loss, size)
-        last = bool(trainer.is_last_batch)
-        if self._each_step or last or self._is_seen(trainer, batch_idx):
+        trainer = module.trainer
+        self._means.setdefault("train", _Mean()).add(loss, size)
+        seen = self._each_step or self._shows(trainer)
+        if batch_idx >= self._unseen_until or trainer.should_stop:
+            unseen = unseen_steps(trainer, batch_idx)
+            self._unseen_until = batch_idx + unseen
+            seen = seen or not unseen or trainer.should_stop
+        if seen:
             module.log("train_loss", loss, batch_size=size, prog_bar=True)
-        if last:
+        if batch_idx >= self._unseen_until and trainer.is_last_batch:
             self.conclude(module, "train")
 
     def evaluate(self, module: LightningModule, stage: str, loss: torch.Tensor, size: int, batch_idx: int) -> None:
@@ -95,7 +108,7 @@ class LossLog:
             batch_idx: Of the batch.
         """
         batches = _batches(module.trainer, stage) if is_attached(module) else []
-        if len(batches) != 1:  # a mean for each loader, named by Lightning
+        if len(batches) != 1 or batches[0] == math.inf:  # a mean for each loader; or no telling which step is the last
             module.log(f"{stage}_loss", loss, batch_size=size, prog_bar=True)
             return
         if batch_idx == 0:
@@ -114,9 +127,8 @@ class LossLog:
         settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "batch_size": mean.count}
         module.log(name, mean.result(), prog_bar=stage != "train", **settings)
 
-    def _is_seen(self, trainer: Trainer, batch_idx: int) -> bool:
-        if loggers_are_due(trainer) or looks_between_steps(trainer, batch_idx):
-            return True
+    def _shows(self, trainer: Trainer) -> bool:
+        """Say whether a progress bar wants another loss."""
         if trainer.progress_bar_callback is None:
             return False
         now = self.time_func()

@@ -180,8 +180,13 @@ class RunFill:
     def refresh(self) -> None:
         """Commit what was put, and take in what other processes have put."""
         for store in self._disk_stores():
-            if not any(encoder.declines for encoder in self.encoders.values()):
+            if any(encoder.declines for encoder in self.encoders.values()):
+                return
+            try:
                 store.refresh()
+            except StoreError as error:  # a full disk: what was committed is kept, and the rest stays in memory
+                for encoder in self.encoders.values():
+                    encoder.decline(error)
 
     def _warn_of_keys(self) -> None:
         for encoder in self.encoders.values():

@@ -94,7 +94,8 @@ class CacheSession:
         self._placed: dict[str, Placement] = {}
         self._choices: list[ViewChoice] = []
         self._finished = False
-        self.sources = LoaderSources(trainer, self._convert)
+        if self._cached:
+            refuse_transfer_hooks(module, trainer)
         for name in self._real.keys() - set(self._cached):  # these are needed
             self._real[name].ensure_loaded()
         leave_to_ranks(module, self._real)
@@ -107,8 +108,7 @@ class CacheSession:
         self._gather = RowGatherer(self.look, self._meetings.answer)
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
         self.guard = FrozenGuard(cached)
-        if self._cached:
-            refuse_transfer_hooks(module, trainer)
+        self.sources = LoaderSources(trainer, self._convert)  # last: nothing is exchanged before an error
 
     @property
     def _reader(self) -> Callable[[Any], Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.utilities import move_data_to_device
+from torch import nn
 from transformers import BatchEncoding
 
 from quatcache.data.batches import Batch
@@ -56,6 +57,12 @@ def test_containers_keep_their_types():
     assert to_device(MappingProxyType({"ids": ones()}), META)["ids"].is_meta
     assert to_device(PaddedSequences(torch.ones(1, 2, 3), torch.ones(1, 2) > 0), META).values.is_meta
     assert to_device(Inputs, META) is Inputs
+
+
+def test_what_moves_itself_is_left_to_it():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    moved = to_device({"default": packed}, META)["default"]
+    assert type(moved) is type(packed) and moved.data.is_meta and not moved.batch_sizes.is_meta
 
 
 def test_what_is_there_already_is_shared():

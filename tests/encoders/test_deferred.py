@@ -321,3 +321,31 @@ def test_snapshot_that_is_not_complete_is_left_to_the_library(hub):
 def test_name_that_is_not_there_is_refused_at_once(hub):
     with pytest.raises(ConfigError, match="encoder 'owner/other' cannot be loaded"):
         SentenceTransformerEncoder("owner/other")
+
+
+def test_training_mode_that_was_asked_for_before_loading_is_that_of_the_model(tiny, adapter):
+    encoder = adapter(tiny)
+    encoder.trainable = True
+    encoder.train()
+    assert not is_loaded(encoder) and encoder.model.training
+    encoder = adapter(tiny)
+    encoder.train()  # a frozen one stays in eval mode
+    assert not encoder.model.training
+
+
+def test_tokens_are_counted_by_an_encoder_that_is_not_loaded(tiny, adapter):
+    counts = adapter(tiny).token_counts(TEXTS)
+    assert counts == [int(mask.sum()) for mask in adapter(tiny).collate(TEXTS)["attention_mask"]]
+
+
+def test_dimensions_that_a_model_was_saved_with_are_those_of_its_rows(own_tiny):
+    edit_json(own_tiny / "config_sentence_transformers.json", truncate_dim=SIZE // 2)
+    encoder = SentenceTransformerEncoder(own_tiny)
+    assert encoder.embedding_size == SIZE // 2 and not is_loaded(encoder)
+    assert rows(encoder).shape == (2, SIZE // 2)
+
+
+def test_damaged_weights_are_told_of_in_a_sentence(own_tiny):
+    (own_tiny / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*; pass a directory or a name on the hub"):
+        SentenceTransformerEncoder(own_tiny).ensure_loaded()

@@ -148,6 +148,19 @@ def test_rows_are_not_written_once_the_encoder_was_changed(tmp_path, slow):
     assert held(DiskStore(tmp_path, DIGEST), 1, 2, 3, 4) == [1, 2]
 
 
+def test_where_no_thread_can_be_started_rows_are_written_at_once(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    store = shard_of_two(tmp_path)
+    put(store, 1, 2)
+    assert len(shards(tmp_path)) == 1
+    put(store, 3)
+    store.flush()
+    assert held(store, 1, 2, 3) == held(DiskStore(tmp_path, DIGEST), 1, 2, 3) == [1, 2, 3]
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     puts=st.lists(st.lists(st.integers(0, 9), unique=True, min_size=1, max_size=4), min_size=1, max_size=12),

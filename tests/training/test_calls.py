@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from quatcache import CacheConfig
-from quatcache.encoders import SentenceTransformerEncoder
+from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
 from quatcache.encoders.identity import identify
-from quatcache.errors import BatchLengthError, CollateError, NotFrozenError
+from quatcache.errors import BatchLengthError, CollateError
 from quatcache.keys import content_keys
 from quatcache.training.calls import TOKENS_PER_CALL, CallPlan
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
@@ -39,6 +39,9 @@ class Recording(HashingEncoder):
     def collate(self, items):
         self._calls.append(list(items))
         return super().collate(items)
+
+    def collates_apart(self, items):
+        return True
 
 
 class Unsized(Recording):
@@ -272,19 +275,49 @@ def test_collate_that_is_bound_to_its_thread_works_and_is_tried_in_another_once(
 
 
 class Leaving(HashingEncoder):
-    """Leaves something to forward beside what it returns."""
+    """Leaves something to forward beside what it returns, and reads a setting of the process."""
 
     def collate(self, items):
-        self._lengths = torch.tensor([float(len(item)) for item in items])
+        self._lengths, self._alone = (
+            torch.tensor([float(len(item)) for item in items]),
+            threading.current_thread() is threading.main_thread(),
+        )
         return super().collate(items)
 
     def forward(self, inputs):
-        return super().forward(inputs) * self._lengths.sum()
+        assert self._alone
+        return super().forward(inputs) * self._lengths[:, None].to(self.matrix.dtype)
 
 
-def test_collate_that_leaves_something_to_forward_is_refused():
-    with pytest.raises(NotFrozenError, match="two passes over the same items differ"):
-        fill(Leaving(), texts(40), batch_size=8)
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_collate_is_left_alone_with_forward_unless_the_encoder_says_that_they_share_nothing(ahead, precision):
+    runs = [Model({"default": Leaving()}, cache) for cache in (None, CacheConfig(batch_size=4))]
+    for model in runs:
+        fit(model, loader(Texts(texts(40)), shuffle=True), precision=precision)
+    assert same_run(*runs)
+
+
+def test_adapters_tokenize_texts_apart_and_nothing_else(minilm_path):
+    class Own(SentenceTransformerEncoder):
+        def collate(self, items):
+            return super().collate(items)
+
+    for adapter in (SentenceTransformerEncoder, TransformersEncoder):
+        encoder = adapter(minilm_path)
+        assert encoder.collates_apart(["a", "b"]) and not encoder.collates_apart(["a", {"text": "b"}])
+        encoder.trainable = False
+    assert not Own(minilm_path).collates_apart(["a"]) and not HashingEncoder().collates_apart(["a"])
+
+
+def test_fill_goes_on_where_the_system_has_no_more_threads(ahead, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    encoder = Recording()
+    with monkeypatch.context() as patched:
+        patched.setattr("quatcache.encoders.frozen.threading.Thread.start", refuse)
+        fill(encoder, texts(40), batch_size=8)
+    assert sorted(encoder._collated) == sorted(texts(40))
 
 
 def test_no_thread_is_started_in_a_training_step(ahead):

@@ -160,6 +160,70 @@ def test_whoever_looks_at_each_step_sees_its_loss():
     assert seen == callback.expected
 
 
+@pytest.mark.parametrize(
+    "hook", ["optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step", "backward"]
+)
+def test_own_hooks_around_the_optimizer_see_the_loss_of_each_step(hook):
+    def look(self, *arguments, **settings):
+        result = getattr(LightningModule, hook)(self, *arguments, **settings)
+        seen.append(self.trainer.callback_metrics["train_loss"].item())
+        return result
+
+    seen, watching, kept = [], Watching(), type("Kept", (Quiet,), {hook: look})()
+    if hook == "lr_scheduler_step":
+        kept.configure_optimizers = Plateau.configure_optimizers.__get__(kept)
+    fit(kept, loader(TRAIN))
+    plain = Quiet()
+    if hook == "lr_scheduler_step":
+        plain.configure_optimizers = Plateau.configure_optimizers.__get__(plain)
+    fit(plain, loader(TRAIN), callbacks=[watching])
+    assert sorted(set(seen)) == sorted(set(watching.expected))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A stream: nobody knows how many batches it has."""
+
+    def __iter__(self):
+        return iter([VAL[place] for place in range(len(VAL))])
+
+
+class LooksEarly(Callback):
+    """Looks when a validation epoch ends, before the callbacks of the model."""
+
+    seen = None
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.seen = trainer.callback_metrics["val_loss"].item()
+
+
+def test_mean_of_a_stream_is_there_when_callbacks_look():
+    callback = LooksEarly()
+    run = fit(
+        Doubled(cache=CacheConfig()), loader(TRAIN), loader(Endless()), callbacks=[callback], num_sanity_val_steps=0
+    )
+    assert callback.seen == run.callback_metrics["plain_val"].item()
+
+
+def test_run_that_resumes_with_the_same_model_forgets_the_losses_of_the_broken_one(tmp_path):
+    model = Doubled(cache=CacheConfig())
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(model, loader(TRAIN), max_epochs=1, callbacks=[saves, BreaksLater()], enable_checkpointing=True)
+    watching = Watching()
+    run = trainer(max_epochs=1, callbacks=[watching])
+    run.fit(model, loader(TRAIN), ckpt_path=tmp_path / "epoch=0-step=2.ckpt")
+    assert watching.seen == watching.expected and len(watching.seen) == 4
+    assert torch.equal(run.callback_metrics["train_loss_epoch"], run.callback_metrics["plain_epoch"])
+
+
+class BreaksLater(Callback):
+    """Ends training after four batches."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            raise RuntimeError("broken off")
+
+
 class Plateau(Quiet):
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.head.parameters(), 0.1)

@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import BaseFinetuning, Callback, ModelSummary, 
 from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
 from quatcache.encoders import identity as identities
 from quatcache.encoders.deferred import is_loaded
-from quatcache.errors import StaleRowsError
+from quatcache.errors import ConfigError, StaleRowsError
 from quatcache.store import CacheDirectory, known
 from quatcache.training import opening
 from tests.fits import Failing, Model, Texts, cached, fit, head_of, loader, same_run, texts, trainer
@@ -584,3 +584,19 @@ def test_notes_are_no_other_files_of_the_directory(folder, save_dir, caplog):
         run(model(folder, save_dir))
     assert "holds other files" not in caplog.text
     assert CacheDirectory(save_dir).models.recall(notes(save_dir)[0].stem)["pooling"] == "mean"
+
+
+def test_cache_inside_the_folder_of_the_model_is_warm_too(folder):
+    save_dir = folder / "cache"
+    run(model(folder, save_dir))
+    for _ in range(2):
+        warm = run(model(folder, save_dir))
+        assert waits(warm) and len(notes(save_dir)) == 1
+
+
+def test_encoder_that_cannot_be_loaded_leaves_the_trainer_as_it_was(folder):
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    trained = trainer()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        trained.fit(model(folder, None), loader(Texts(texts(COUNT))))
+    assert type(trained.fit_loop._data_source).__module__.startswith("pytorch_lightning")
