@@ -18,6 +18,7 @@ __all__ = [
     "give_loaders",
     "is_attached",
     "is_bookkeeping",
+    "let_metric_rest",
     "loader_source",
     "looks_in_passing",
     "set_loader_source",
@@ -73,6 +74,21 @@ def unseen_steps(trainer: Trainer, batch_idx: int) -> int:
             trainer.max_steps - 1 - trainer.global_step if trainer.lightning_module.automatic_optimization else 0
         )
     return max(int(min(left)), 0)
+
+
+def let_metric_rest(trainer: Trainer, name: str) -> None:
+    """Have a metric of a training step not be read again in steps that do not log it.
+
+    After each step Lightning would compute it once more, and for a progress bar wait for the device. The value that was
+    logged last stays where callbacks, loggers and bars find it.
+
+    Args:
+        trainer: The trainer, in a training step.
+        name: Of a tensor that is logged by steps only.
+    """
+    results: Any = trainer._results
+    if results and f"training_step.{name}" in results:
+        results[f"training_step.{name}"].reset()
 
 
 def acts_on_steps(callback: Callback) -> bool:

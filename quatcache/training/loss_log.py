@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quatcache.training.internals import acts_on_steps, is_attached, unseen_steps
+from quatcache.training.internals import acts_on_steps, is_attached, let_metric_rest, unseen_steps
 from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer
 
 __all__ = ["LossLog"]
@@ -71,6 +71,7 @@ class LossLog:
     time_func: Callable[[], float] = time.monotonic
     _means: dict[str, _Mean] = field(default_factory=dict)
     _each_step: bool = True
+    _logged: bool = False  # by the step before
     _unseen_until: int = 0  # of this epoch: no step before it is looked at
     _shown: float = -math.inf  # when a progress bar was last given a loss
 
@@ -94,6 +95,9 @@ class LossLog:
             seen = seen or not unseen or trainer.should_stop
         if seen:
             module.log("train_loss", loss, batch_size=size, prog_bar=True)
+        elif self._logged:
+            let_metric_rest(trainer, "train_loss")
+        self._logged = seen
         if batch_idx >= self._unseen_until and trainer.is_last_batch:
             self.conclude(module, "train")
 

@@ -126,6 +126,20 @@ def test_loss_is_not_logged_in_steps_that_nobody_sees():
     assert model.logged.count("train_loss_epoch") == 2
 
 
+def test_loss_that_nobody_sees_is_not_read_after_its_step():
+    reads = []
+
+    class Model(Quiet):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            reads.append([name for name, _ in self.trainer._results.valid_items()])
+            return loss
+
+    run = fit(Model(cache=CacheConfig()), loader(Texts(texts(96))), max_epochs=1, log_every_n_steps=4)
+    assert [["training_step.train_loss"] if place % 4 == 3 else [] for place in range(11)] == reads[:11]
+    assert torch.isfinite(run.callback_metrics["train_loss"])
+
+
 class Watching(Callback):
     """Looks at the loss after each step."""
 
@@ -340,6 +354,6 @@ def test_step_without_a_trainer_gives_its_loss():
 
 def test_names_of_lightning_that_are_relied_on_exist():
     run = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    assert isinstance(type(run._logger_connector).should_update_logs, property)
+    assert isinstance(run.fit_loop.epoch_loop._results, dict) and isinstance(type(run)._results, property)
     assert run.fit_loop.epoch_loop.total_batch_idx == -1
     assert hasattr(ModelCheckpoint(), "_every_n_train_steps") and hasattr(ModelCheckpoint(), "_train_time_interval")
