@@ -3,10 +3,10 @@
 from quatcache.store.budget import BudgetStore
 from quatcache.store.directory import CacheDirectory, environment
 from quatcache.store.disk import DiskStore
-from quatcache.store.files import DTYPES
 from quatcache.store.known import KnownModels
 from quatcache.store.memory import MemoryStore
 from quatcache.store.protocol import Found, Positions, RowStore, Store
+from quatcache.store.safetensors_writer import DTYPES
 from quatcache.store.tables import DatasetTable
 from quatcache.store.tensor import TensorStore
 

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from xxhash import xxh3_128
 
 from quatcache.errors import DamagedFileError, FormatError, StoreError
+from quatcache.store.safetensors_writer import tensor_bytes, write_safetensors
 
 __all__ = [
-    "DTYPES",
     "FILL_LOCK",
     "MANIFEST_LOCK",
     "TEMPORARY",
@@ -42,27 +41,17 @@ __all__ = [
     "write_tensors",
 ]
 
-DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-"""The dtypes that a file may name. A name from a file is looked up here and never evaluated."""
-
 MANIFEST_LOCK = ".manifest.lock"
 FILL_LOCK = ".fill.lock"
 
 TEMPORARY = ".tmp-"
-_TEMPORARY_NAME = re.compile(r"\.tmp(-.*|[0-9A-Za-z]{6})")  # the latter are those of safetensors, which renames too
 
 Result = TypeVar("Result")
 
 
 def is_temporary(name: str) -> bool:
     """Say whether a file name is that of a file being written, or left behind by a process that died."""
-    return _TEMPORARY_NAME.fullmatch(name) is not None
+    return name.startswith(TEMPORARY)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -72,7 +61,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StoreError: The file cannot be written.
     """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    _replace(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    _replace(path, lambda file: file.write(text.encode() + b"\n"))
 
 
 class Written(NamedTuple):
@@ -100,58 +89,41 @@ def write_tensors(
     Raises:
         StoreError: The file cannot be written.
     """
-    plain: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        place = whole.untyped_storage().data_ptr()
-        plain[name] = whole.clone() if place in storages else whole  # safetensors refuses tensors that share memory
-        storages.add(place)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def write(temporary: Path) -> Written:
-        save_file(plain, temporary, metadata=dict(metadata or {}))
-        return Written(temporary.stat().st_size, _expected_checksum(temporary, plain))
+    def write(file: BinaryIO) -> Written:
+        digest = write_safetensors(file, plain, metadata or {})
+        return Written(file.tell(), digest)
 
     return _replace(path, write)
 
 
-def _expected_checksum(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash the header of a file and the tensors in memory: reading them back takes as long as writing them."""
-    with path.open("rb") as file:
-        size = file.read(8)
-        header = file.read(int.from_bytes(size, "little"))
-    digest = xxh3_128(size + header)
-    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
-    for name in sorted(places, key=lambda name: places[name]):
-        digest.update(tensor_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-def _replace(path: Path, write: Callable[[Path], Result]) -> Result:
+def _replace(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors would let nobody but the owner read
-        result = write(temporary)
-        temporary.chmod(mode)
-        _flush(temporary, os.O_RDWR)
+        with temporary.open("xb") as file:
+            result = write(file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-        _flush(path.parent, os.O_RDONLY)
+        _flush_directory(path.parent)
         return result
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+    except BaseException as error:
         with suppress(OSError):  # a read-only file system refuses even to unlink what does not exist
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise StoreError(
             f"cannot write {path}: {_reason(error)}; free space or permit writing there, and run again: "
             "what was committed before is kept."
         ) from error
 
 
-def _flush(path: Path, flags: int) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows has no handle for a directory
+def _flush_directory(path: Path) -> None:
+    if os.name == "nt":  # Windows has no handle for a directory
         return
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -313,10 +285,3 @@ def content_digest(about: Mapping[str, object], tensors: Mapping[str, torch.Tens
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """View the bytes of a CPU tensor, for hashing."""
-    whole = tensor.detach().contiguous()
-    flat = whole.as_strided((whole.numel(),), (1,))  # a single element may be contiguous with any stride
-    return flat.view(torch.uint8).numpy().data

@@ -18,8 +18,9 @@ import torch
 from xxhash import xxh3_128_hexdigest
 
 from quatcache.errors import DamagedFileError, FormatError
-from quatcache.store.files import DTYPES, read_json, write_json
+from quatcache.store.files import read_json, write_json
 from quatcache.store.protocol import RowShape
+from quatcache.store.safetensors_writer import DTYPES
 from quatcache.store.shards import RowKind, ShardEntry, is_shard_name
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "Manifest"]

@@ -17,10 +17,11 @@ import torch
 
 from quatcache.errors import FormatError
 from quatcache.keys import KeyArray
-from quatcache.store.files import DTYPES, checksum, content_digest, open_tensors, read_tensors, write_tensors
+from quatcache.store.files import checksum, content_digest, open_tensors, read_tensors, write_tensors
 from quatcache.store.protocol import RowShape
 from quatcache.store.ragged import RaggedRows
 from quatcache.store.rows import Rows, row_shape_of
+from quatcache.store.safetensors_writer import DTYPES
 
 __all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "write_shard"]
 

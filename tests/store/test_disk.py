@@ -318,7 +318,7 @@ def test_packing_that_cannot_write_leaves_everything_as_it_was(tmp_path, monkeyp
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("quatcache.store.files.save_file", full)
+    monkeypatch.setattr("quatcache.store.files.write_safetensors", full)
     with pytest.raises(StoreError, match="No space left"):
         store.compact()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -535,7 +535,7 @@ def test_failed_write_keeps_what_was_committed_and_what_waits(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quatcache.store.files.save_file", full)
+        patched.setattr("quatcache.store.files.write_safetensors", full)
         with pytest.raises(StoreError, match="No space left on device; free space"):
             store.flush()
     assert held(store, 1, 2) == [1, 2] and held(DiskStore(tmp_path, DIGEST), 1, 2) == [1]

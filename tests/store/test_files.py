@@ -13,7 +13,8 @@ from xxhash import xxh3_128_hexdigest
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.store import files
-from quatcache.store.files import DTYPES, checksum, open_tensors, read_json, tensor_bytes, write_json, write_tensors
+from quatcache.store.files import checksum, open_tensors, read_json, write_json, write_tensors
+from quatcache.store.safetensors_writer import DTYPES, tensor_bytes
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
@@ -61,7 +62,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     if step == "write":
-        monkeypatch.setattr(files, "save_file", fails)
+        monkeypatch.setattr(files, "write_safetensors", fails)
     elif step == "fsync":
         monkeypatch.setattr(os, "fsync", fails)
     else:
@@ -79,7 +80,7 @@ def test_read_only_file_system_is_a_store_error(tmp_path, monkeypatch):
     def refuses(*args, **kwargs):  # such a file system refuses to unlink even what is not there
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "touch", refuses)
+    monkeypatch.setattr(Path, "open", refuses)
     monkeypatch.setattr(Path, "unlink", refuses)
     with pytest.raises(StoreError, match="Read-only file system; free space or permit writing"):
         write_json(tmp_path / "m.json", {})

@@ -22,8 +22,8 @@ import quatcache.store
 from quatcache.keys import content_keys, extracted_keys
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.store import CacheDirectory, DiskStore
-from quatcache.store.files import DTYPES
 from quatcache.store.manifest import FORMAT_VERSION
+from quatcache.store.safetensors_writer import DTYPES
 from tests.store.golden import make
 
 GOLDEN = Path(__file__).parent / "golden" / "version-1"

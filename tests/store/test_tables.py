@@ -229,7 +229,7 @@ def test_damaged_table_is_told_once_and_removed_with_the_next_that_is_written(tm
     write_tensors(newer, {}, {"quatcache": json.dumps({"version": 2})})
     for _ in range(2):
         assert list(directory.tables(["text"])) == []
-    assert [forged.name in text for text in caplog.messages] == [True, False, False]
+    assert sorted(forged.name in text for text in caplog.messages) == [False, False, True]
     assert forged.exists(), "looking removes nothing"
     directory.write_table(table("a", "b"))
     assert not forged.exists() and newer.exists()

