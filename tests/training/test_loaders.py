@@ -8,7 +8,9 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset as HuggingFaceDataset
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import CombinedLoader
 
 from quatcache import CacheConfig
 from quatcache.data import read_sample
@@ -79,3 +81,68 @@ def test_while_all_is_cached_batches_come_from_memory():
 
     fit(Model(cache=CacheConfig()), loader(Texts(texts(16)), num_workers=2), callbacks=[Looks()])
     assert kinds == [MemoryLoader]
+
+
+class Parts(Model):
+    """Gets a dict of batches, of which one may have run out."""
+
+    def training_step(self, batch, batch_idx):
+        given = [part for part in batch.values() if part is not None]
+        return sum(super(Parts, self).training_step(part, batch_idx) for part in given)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+def test_loaders_of_unequal_lengths_are_combined_in_each_mode_as_without_a_cache(mode):
+    def run(cache):
+        model = Parts(cache=cache)
+        fit(
+            model,
+            lambda: CombinedLoader(
+                {"long": loader(Texts(texts(40)), shuffle=True), "short": loader(Texts(texts(24)[::-1]), shuffle=True)},
+                mode,
+            ),
+            lambda: {"one": loader(Texts(texts(16))), "other": loader(Texts(texts(8)), batch_size=3)},
+        )
+        return model
+
+    uncached = run(None)
+    for settings in ({}, {"labels": False}, {"fill": "lazy"}, {"max_size": 1000}):
+        assert same_run(uncached, run(CacheConfig(**settings))), settings
+
+
+def test_a_dataset_that_grows_from_reload_to_reload_trains_alike_and_encodes_what_is_new():
+    class Growing(Model):
+        def train_dataloader(self):
+            return loader(Texts(texts(16 + 8 * self.current_epoch)), shuffle=True)
+
+        def val_dataloader(self):
+            return loader(Texts(texts(8 + 8 * self.current_epoch)))
+
+    def run(cache):
+        model = Growing(cache=cache)
+        fit(model, None, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+        return model
+
+    uncached = run(None)
+    for settings in ({}, {"labels": False}, {"fill": "lazy"}):
+        cached = run(CacheConfig(**settings))
+        assert same_run(uncached, cached), settings
+        assert cached.cache_callback.report.encoded == 32
+
+
+def test_a_stream_of_hugging_face_read_by_workers_trains_alike():
+    class Mapped(Model):
+        @staticmethod
+        def read_sample(sample):
+            return read_sample((sample["text"], sample["label"]))
+
+    rows = HuggingFaceDataset.from_dict({"text": texts(32), "label": [i % 5 for i in range(32)]})
+
+    def run(cache):
+        model = Mapped(cache=cache)
+        fit(model, lambda: loader(rows.to_iterable_dataset(num_shards=2), num_workers=2))
+        return model
+
+    cached = run(CacheConfig())
+    assert same_run(run(None), cached)
+    assert cached.cache_callback.report.encoded == 32
