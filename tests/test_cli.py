@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quatcache"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
+
+
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quatcache", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("quatcache", run_name="__main__")
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("quatcache ")
 
 
 def test_help_lists_every_command(capsys):

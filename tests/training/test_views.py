@@ -169,6 +169,7 @@ def test_a_resumed_run_goes_on_with_the_view_of_its_epoch(tmp_path, workers):
     assert sorted(resumed.epochs) == [2, 3]
     for epoch in (2, 3):
         assert torch.equal(resumed.rows(epoch), whole.rows(epoch))
+        assert not torch.equal(whole.rows(epoch), whole.rows(epoch - 1)), "each epoch has another view"
     assert torch.equal(half.rows(1), whole.rows(1))
 
 
