@@ -15,6 +15,7 @@ from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.keying import Chunk, KeyScheme
+from quatcache.training.meeting import MetSamples
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, texts
 from tests.stores_for_tests import DIGEST
 
@@ -112,3 +113,18 @@ def test_table_of_which_nothing_changed_is_kept_and_one_that_changed_is_copied(s
     assert np.array_equal(table.keys["default"].reshape(-1, 2), keys_of(*"abc"[: size - 1], "z"))
     assert table.targets[0].tolist() == [*range(1, size), 9]
     assert np.array_equal(known.keys["default"].reshape(-1, 2), keys_of(*"abc")) and known.targets[0][2] == 3
+
+
+def test_workers_see_what_is_met_after_they_started_and_the_table_stays_as_it_was():
+    store = TensorStore()
+    store.put_many(keys_of(*"ab"), torch.ones(2, 2))
+    fill, one = filled(store, "abc")
+    fill.table = table = DatasetTable(fill.table.keys, (torch.tensor([1, 2, 3]),), "group")
+    fill.targets = True
+    met = MetSamples(fill)
+    met.share()
+    seen = met.columns  # what workers were given
+    store.put_many(keys_of("z"), torch.ones(1, 2))
+    met.put(chunk_of(2, "z"))
+    assert seen.targets[0].tolist() == [1, 2, 9] and seen.rows["default"].tolist() == [[0], [1], [2]]
+    assert seen.targets[0].is_shared() and not table.targets[0].is_shared() and table.targets[0][2] == 3
