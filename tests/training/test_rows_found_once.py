@@ -118,7 +118,7 @@ def test_table_of_which_nothing_changed_is_kept_and_one_that_changed_is_copied(s
 def test_workers_see_what_is_met_after_they_started_and_the_table_stays_as_it_was():
     store = TensorStore()
     store.put_many(keys_of(*"ab"), torch.ones(2, 2))
-    fill, one = filled(store, "abc")
+    fill, _ = filled(store, "abc")
     fill.table = table = DatasetTable(fill.table.keys, (torch.tensor([1, 2, 3]),), "group")
     fill.targets = True
     met = MetSamples(fill)
