@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from quatcache import keys as keys_module
 from quatcache.errors import KeyTypeError
 from quatcache.keys import KeyIndex, content_keys, distinct, extracted_keys, index_keys, index_salt
 
@@ -361,28 +362,87 @@ def as_keys(pairs):
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
-@given(adds=st.lists(st.lists(st.tuples(words, words), unique=True, max_size=8), max_size=10), asked=some_keys)
+@given(
+    adds=st.lists(st.tuples(st.lists(st.tuples(words, words), max_size=8), st.booleans()), max_size=10),
+    asked=some_keys,
+    block=st.sampled_from([2, 5, 1 << 16]),
+)
 @settings(max_examples=300, deadline=None)
-def test_index_finds_what_a_dict_finds(adds, asked):
+def test_index_finds_what_a_dict_finds(adds, asked, block):
     index, model, row = KeyIndex(), {}, 0
-    for pairs in adds:
-        index.add(as_keys(pairs), np.arange(row, row + len(pairs)))
-        model.update(zip(pairs, range(row, row + len(pairs)), strict=True))
-        row += len(pairs)
-        assert len(index) == len(model)
-        assert index.find(as_keys(asked)).tolist() == [model.get(pair, -1) for pair in asked]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys_module, "_BLOCK", block)
+        for pairs, look in adds:
+            index.add(as_keys(pairs), np.arange(row, row + len(pairs)))
+            model.update(zip(pairs, range(row, row + len(pairs)), strict=True))
+            row += len(pairs)
+            if look:
+                assert len(index) == len(model)
+                assert index.find(as_keys(asked)).tolist() == [model.get(pair, -1) for pair in asked]
+        check_index(index, model, asked)
+
+
+def check_index(index, model, asked):
     keys, rows = index.items()
+    assert rows.tolist() == sorted(model.values())  # in the order in which they were last added
     assert dict(zip(map(tuple, keys.tolist()), rows.tolist(), strict=True)) == model and len(keys) == len(model)
     assert index.find(as_keys(asked)).tolist() == [model.get(pair, -1) for pair in asked]
 
 
-def test_index_filled_a_key_at_a_time_keeps_few_segments():
+def test_index_filled_or_changed_a_key_at_a_time_is_seldom_made_anew(monkeypatch):
+    made = []
+    monkeypatch.setattr(KeyIndex, "_make_room", count_calls(KeyIndex._make_room, made))
     index = KeyIndex()
     keys = content_keys([str(number) for number in range(1000)])
     for place in range(1000):
         index.add(keys[place : place + 1], np.array([place]))
-    assert index.find(keys).tolist() == list(range(1000))
-    assert len(index._segments) <= 10  # log2 of the keys: a look-up asks each of them
+        assert index.find(keys[[place // 2, place]]).tolist() == [place // 2, place]
+    assert index.find(keys).tolist() == list(range(1000)) and len(made) <= 20
+    for again in range(1000):
+        index.add(keys[:1], np.array([1000 + again]))
+        assert index.find(keys[:2]).tolist() == [1000 + again, 1]
+    assert len(made) <= 25 and len(index) == 1000 and max(made) <= 2000
+
+
+def count_calls(method, made):
+    def counted(index, entries):
+        made.append(entries)
+        method(index, entries)
+
+    return counted
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[(number, number) for number in range(5000)], [(7, number << 40) for number in range(5000)]],
+    ids=["words alike", "one first word"],
+)
+def test_index_is_quick_for_keys_that_are_no_hashes(pairs, monkeypatch):
+    rounds = []
+    look = KeyIndex._held
+    monkeypatch.setattr(KeyIndex, "_held", lambda index, places: rounds.append(len(places)) or look(index, places))
+    index = KeyIndex()
+    index.add(as_keys(pairs), np.arange(len(pairs)))
+    assert index.find(as_keys(pairs)).tolist() == list(range(len(pairs)))
+    assert len(rounds) < 200
+
+
+def test_index_that_was_interrupted_takes_in_the_rest_later(monkeypatch):
+    keys = content_keys([str(number) for number in range(300)])
+    index = KeyIndex()
+    index.add(keys[:100], np.arange(100))
+    assert len(index) == 100
+    index.add(keys[100:], np.arange(100, 300))
+    for name in ("_make_room", "_place", "_held"):
+        with monkeypatch.context() as patch:
+            patch.setattr(KeyIndex, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                index.find(keys)
+    assert index.find(keys).tolist() == list(range(300)) and len(index) == 300
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
 
 @given(some_keys)

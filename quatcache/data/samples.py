@@ -175,7 +175,7 @@ def target_column(values: Sequence[Any]) -> Any:
         >>> target_column([1.0, 0.5]), target_column(["a", "b"])
         (tensor([1.0000, 0.5000]), ['a', 'b'])
     """
-    kinds = {type(value) for value in values}
+    kinds = set(map(type, values))
     try:
         if kinds and (kinds <= {int} or kinds <= {float} or kinds <= {bool}):
             return torch.tensor(values)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from quatcache.encoders.weights import package_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,7 +37,7 @@ class Collator:
             if pads_nothing(self.model) and hasattr(first, "preprocess") and all(type(item) is str for item in items):
                 # The model itself would only ask of each text whether it is the path of an image, at a fifth of the
                 # cost of its tokens.
-                return dict(first.preprocess(list(items), prompt=self.prompt, **task))
+                return dict(_without_places(first).preprocess(list(items), prompt=self.prompt, **task))
             return dict(self.model.preprocess(list(items), prompt=self.prompt, **task))
         texts = [self.prompt + item for item in items] if self.prompt else list(items)
         features: dict[str, Any] = dict(self.model.tokenize(texts))
@@ -48,6 +51,27 @@ class Collator:
 def pads_nothing(model: SentenceTransformer) -> bool:
     """Whether texts are looked up token by token, one after another, as static embeddings do."""
     return isinstance(getattr(model[0], "embedding", None), nn.EmbeddingBag)
+
+
+class _TokensAlone:
+    """A tokenizer that does not say where in its text each token stands; nothing else of the result differs."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.encode_batch = tokenizer.encode_batch_fast
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _without_places(embedding: Any) -> Any:
+    """Give static embeddings whose own ``preprocess`` takes a fifth less time, for it never reads those places."""
+    known = type(embedding).__name__ == "StaticEmbedding" and package_of(type(embedding)) == "sentence_transformers"
+    if not known or not hasattr(embedding.tokenizer, "encode_batch_fast"):  # a subclass may read them
+        return embedding
+    quick = copy.copy(embedding)  # shares everything; the model is left as it is
+    quick.tokenizer = _TokensAlone(embedding.tokenizer)
+    return quick
 
 
 def task_of(model: SentenceTransformer, role: str | None) -> dict[str, str]:

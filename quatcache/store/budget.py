@@ -90,6 +90,11 @@ class BudgetStore:
         """Bytes of the stored rows."""
         return self._store.nbytes
 
+    @property
+    def numbered(self) -> int:
+        """Count the row numbers that were given out."""
+        return self._store.numbered
+
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row number of each key, -1 where it is absent."""
         return self._store.rows_of(keys)

@@ -34,7 +34,7 @@ from quatcache.store.placed import PlacedRows
 from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
 from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, room_for, row_shape_of
-from quatcache.store.shards import ShardEntry, open_shard
+from quatcache.store.shards import ShardEntry, opened_shards
 from quatcache.store.tensor import TensorStore
 
 __all__ = ["LAST_USED", "DiskStore"]
@@ -171,29 +171,21 @@ class DiskStore:
             return False
         before = len(self._opened)
         self.manifest = manifest
-        for entry in manifest.shards:
-            if entry.file in self._opened | self._refused:
-                continue
-            try:
-                self._open(entry)
-            except FormatError as error:
-                if not (self.directory / entry.file).exists() and read_manifest(self.directory, manifest) != manifest:
-                    return self.refresh() or len(self._opened) > before  # packed into another shard just now
-                self._refused.add(entry.file)
-                logger.warning("%s", error)
+        unknown = [entry for entry in manifest.shards if entry.file not in self._opened | self._refused]
+        checks = {"verify_checksum": self._verify_checksums, "memory_map": self._memory_map}
+        with opened_shards(self.directory, unknown, manifest.digest, manifest.kind, **checks) as shards:
+            for entry, shard in shards:
+                try:
+                    self._take_in(entry, *shard())
+                except FormatError as error:
+                    gone = not (self.directory / entry.file).exists()
+                    if gone and read_manifest(self.directory, manifest) != manifest:
+                        return self.refresh() or len(self._opened) > before  # packed into another shard just now
+                    self._refused.add(entry.file)
+                    logger.warning("%s", error)
         return len(self._opened) > before
 
-    def _open(self, entry: ShardEntry) -> None:
-        kind = self.manifest.kind
-        assert kind is not None  # a manifest with shards names it
-        keys, rows, repacked = open_shard(
-            self.directory,
-            entry,
-            self.manifest.digest,
-            kind,
-            verify_checksum=self._verify_checksums,
-            memory_map=self._memory_map,
-        )
+    def _take_in(self, entry: ShardEntry, keys: KeyArray, rows: Rows, repacked: bool) -> None:
         self._opened.add(entry.file)
         if repacked:  # most of its rows are here already, in the shards that it replaced
             fresh = self._index.find(keys) < 0

@@ -84,6 +84,11 @@ class RowStore(Store[KeyArray, Values], Protocol):
         """Bytes of the stored rows, keys not counted."""
         ...
 
+    @property
+    def numbered(self) -> int:
+        """Count the row numbers that were given out; as long as none is added, look-ups answer as they did."""
+        ...
+
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row number of each key, -1 where it is absent. Numbers stay valid while the store is open."""
         ...

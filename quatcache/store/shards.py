@@ -6,12 +6,16 @@ again from its shards; the manifest in turn has the checksum of the whole file, 
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -23,7 +27,7 @@ from quatcache.store.ragged import RaggedRows
 from quatcache.store.rows import Rows, row_shape_of
 from quatcache.store.safetensors_writer import DTYPES
 
-__all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "write_shard"]
+__all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "opened_shards", "write_shard"]
 
 _SHARD, _SEQUENCES = "shard", "sequences"  # what the metadata call rows of one shape, and those that are sequences
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
@@ -37,6 +41,13 @@ def is_shard_name(name: object) -> bool:
         (True, False)
     """
     return isinstance(name, str) and _SHARD_NAME.fullmatch(name) is not None
+
+
+AT_ONCE = 4
+"""Shards that are opened at the same time, at most: more do not come from a disk any sooner."""
+
+OpenShard: TypeAlias = tuple[KeyArray, Rows, bool]
+"""Keys ``(n, 2)``, n rows or sequences, and whether the rows were repacked from other shards."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def open_shard(
     *,
     verify_checksum: bool = True,
     memory_map: bool = True,
-) -> tuple[KeyArray, Rows, bool]:
+) -> OpenShard:
     """Open one shard, and hold it against its entry before a row of it is used.
 
     Args:
@@ -157,6 +168,36 @@ def open_shard(
             f"{kind.row_shape}; it is encoded again."
         )
     return keys.numpy(), rows, about.get("repacked") == "true"
+
+
+@contextmanager
+def opened_shards(
+    directory: Path, entries: Sequence[ShardEntry], identity: str, kind: RowKind | None, **checks: bool
+) -> Iterator[Iterable[tuple[ShardEntry, Callable[[], OpenShard]]]]:
+    """Open some shards, several at once: checksums wait for the disk, and then for memory, without Python's lock.
+
+    Args:
+        directory: The directory of the store.
+        entries: What the manifest says of them.
+        identity: Digest of the encoder.
+        kind: What their rows must be like; None only if there are no entries.
+        checks: As for :func:`open_shard`.
+
+    Yields:
+        Each entry, in order, with a function that gives the shard or raises what :func:`open_shard` raises for it.
+    """
+    works = [partial(open_shard, directory, entry, identity, kind, **checks) for entry in entries]  # type: ignore[arg-type]
+    threads = min(len(works), AT_ONCE, os.cpu_count() or 1)
+    if threads < 2:
+        yield zip(entries, works, strict=True)
+        return
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="quatcache-open")
+    try:
+        with suppress(RuntimeError):  # the system has no more threads: here, then, one after the other
+            works = [executor.submit(work).result for work in works]  # type: ignore[misc]
+        yield zip(entries, works, strict=True)
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def judge_alone(path: Path, identity: str) -> tuple[ShardEntry, RowKind]:

@@ -93,6 +93,11 @@ class TensorStore:
         """The rows in use ``(N, *row_shape)`` in the storage dtype: a view; of sequences, as they lie in memory."""
         return self._buffer.rows
 
+    @property
+    def numbered(self) -> int:
+        """Count the row numbers that were given out."""
+        return len(self._buffer)
+
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row number of each key, -1 where it is absent."""
         return self._index.find(keys)

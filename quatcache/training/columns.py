@@ -75,21 +75,30 @@ class ColumnsInMaking:
     def __init__(self, size: int, known: DatasetTable | None) -> None:
         """Start with what is known."""
         self._size = size
-        self._known = known
+        self._known = known  # None again when the columns are no longer its own
         self._keys: dict[str, KeyArray] = {}
         self._targets: list[torch.Tensor] | None = None
         self._layout: SampleLayout | None = None
         self.targets_reason: str | None = None
         if known is not None:
-            count = min(size, len(known))
             self._layout = LAYOUTS[known.layout]
-            for name, keys in known.keys.items():
-                self._keys[name] = np.zeros((size, *keys.shape[1:]), np.int64)
-                self._keys[name][:count] = keys[:count]
-            if known.targets is not None:
-                self._targets = [torch.empty((size, *column.shape[1:]), dtype=column.dtype) for column in known.targets]
-                for column, old in zip(self._targets, known.targets, strict=True):
-                    column[:count] = old[:count]
+            self._keys = dict(known.keys)
+            self._targets = None if known.targets is None else list(known.targets)
+            if len(known) != size:
+                self.part_from_table()
+
+    def part_from_table(self) -> None:
+        """Copy the columns of the known table, if they are not copies yet: they will be written to, or shared."""
+        if self._known is None:
+            return
+        count, self._known = min(self._size, len(self._known)), None
+        for name, keys in self._keys.items():
+            self._keys[name] = np.zeros((self._size, *keys.shape[1:]), np.int64)
+            self._keys[name][:count] = keys[:count]
+        for place, old in enumerate(self._targets or ()):
+            column = torch.empty((self._size, *old.shape[1:]), dtype=old.dtype)
+            column[:count] = old[:count]
+            self._targets[place] = column  # type: ignore[index]
 
     def put(self, chunk: Chunk) -> None:
         """Take in one chunk, in any order.
@@ -97,6 +106,7 @@ class ColumnsInMaking:
         Raises:
             SampleError: Its samples are of another kind than those before.
         """
+        self.part_from_table()
         layout = LAYOUTS[chunk.layout]
         if self._layout is None:
             self._layout = layout
@@ -138,6 +148,7 @@ class ColumnsInMaking:
 
     def put_keys(self, indices: npt.NDArray[np.int64], name: str, keys: KeyArray) -> None:
         """Take in a column of keys for samples that were taken in."""
+        self.part_from_table()
         if name not in self._keys:
             self._keys[name] = np.zeros((self._size, *keys.shape[1:]), np.int64)
         self._keys[name][indices] = keys
@@ -176,4 +187,6 @@ class ColumnsInMaking:
         """Give the table, once every sample was taken in."""
         assert self._layout is not None
         kept = with_targets and self.targets_reason is None and self._targets is not None
+        if self._known is not None and kept == (self._known.targets is not None):
+            return self._known
         return DatasetTable(self._keys, tuple(self._targets or ()) if kept else None, self._layout.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import LAYOUTS
 from quatcache.errors import ConfigError
+from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
 from quatcache.training.calls import WINDOW
@@ -33,6 +34,14 @@ __all__ = ["DatasetFill"]
 
 BLOCK = 1 << 16
 """Samples whose keys are looked at together."""
+
+
+class _FoundRows(NamedTuple):
+    """Row numbers of the keys of an index table, and how many numbers the store had given out before."""
+
+    keys: KeyArray
+    numbered: int
+    numbers: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -62,6 +71,7 @@ class DatasetFill:
     _unread: npt.NDArray[np.bool_] | None = None
     _to_read: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     _targets_reason: str | None = None
+    _found: dict[str, _FoundRows] = field(default_factory=dict)  # by encoder
 
     def __post_init__(self) -> None:
         """Refuse what cannot be indexed."""
@@ -104,7 +114,7 @@ class DatasetFill:
             keys = self.table.keys[encoder.scheme.row_column]  # type: ignore[union-attr]
             if encoder.extracted is not None:
                 encoder.extracted.learn(self.table)  # type: ignore[arg-type]
-            missing = encoder.lacking(keys.reshape(-1, 2)) // keys.shape[1]
+            missing = encoder.lacking(keys.reshape(-1, 2), self.rows_of(encoder)) // keys.shape[1]
             wanted[missing] = True
         self._to_read = np.flatnonzero(wanted)
         if len(self._to_read):
@@ -300,6 +310,22 @@ class DatasetFill:
         """Why targets could not be kept although they were to be; None if they could."""
         return self._targets_reason
 
+    def rows_of(self, encoder: EncoderFill) -> npt.NDArray[np.int64]:
+        """Give the row numbers of the samples that are known, for one of the encoders.
+
+        They are looked up once, and again when the table is another one or the store has given out more numbers.
+
+        Returns:
+            int64 ``(N, k)``, -1 where there is no row; not to be written to.
+        """
+        assert self.table is not None
+        keys, numbered = self.table.keys[encoder.scheme.row_column], encoder.store.numbered
+        found = self._found.get(encoder.name)
+        if found is None or found.keys is not keys or found.numbered != numbered:
+            numbers = encoder.store.rows_of(keys.reshape(-1, 2)).reshape(keys.shape[:2])
+            found = self._found[encoder.name] = _FoundRows(keys, numbered, numbers)
+        return found.numbers
+
     def columns(self) -> CachedColumns:
         """Resolve keys to row numbers: what the loaders work with.
 
@@ -309,10 +335,9 @@ class DatasetFill:
         assert self.table is not None
         rows = {}
         for encoder in self.encoders:
-            keys = self.table.keys[encoder.scheme.row_column]
-            numbers = encoder.store.rows_of(keys.reshape(-1, 2))
-            encoder.refuse_misses(self.name, numbers)
-            rows[encoder.name] = torch.from_numpy(numbers.reshape(keys.shape[:2]))
+            numbers = self.rows_of(encoder)
+            encoder.refuse_misses(self.name, numbers.reshape(-1))
+            rows[encoder.name] = torch.from_numpy(numbers)
         return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
 
 

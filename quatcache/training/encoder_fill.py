@@ -162,9 +162,14 @@ class EncoderFill:
             except ConfigError as error:
                 self.decline(error)
 
-    def lacking(self, keys: KeyArray) -> Positions:
-        """Give the positions of the keys that a fill encodes: absent ones whose rows fit into the budget."""
-        missing = self.store.missing(keys)
+    def lacking(self, keys: KeyArray, rows: npt.NDArray[np.int64] | None = None) -> Positions:
+        """Give the positions of the keys that a fill encodes: absent ones whose rows fit into the budget.
+
+        Args:
+            keys: Shape ``(N, 2)``.
+            rows: Their row numbers as the store gives them now, N in all; None: they are looked up.
+        """
+        missing = self.store.missing(keys) if rows is None else np.flatnonzero(rows < 0)
         kept = self._kept
         return missing[kept.affordable(keys[missing])] if isinstance(kept, BudgetStore) else missing
 

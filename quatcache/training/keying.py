@@ -182,7 +182,9 @@ def _uniform_columns(samples: Sequence[ReadSample]) -> tuple[Any, ...]:
     """Stack targets as a loader does, but leave lists of values that another batch could stack to another dtype."""
     columns = []
     for values in zip(*(sample.targets for sample in samples), strict=True):
-        kinds = {getattr(value, "dtype", type(value)) for value in values}
+        kinds: set[Any] = set(map(type, values))
+        if any(hasattr(kind, "dtype") for kind in kinds):
+            kinds = {getattr(value, "dtype", type(value)) for value in values}
         columns.append(target_column(values) if len(kinds) == 1 else list(values))
     return tuple(columns)
 

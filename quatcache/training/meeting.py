@@ -150,9 +150,10 @@ class MetSamples:
         self._rows = {one.name: torch.full((size, layout.items_per_sample), -1) for one in fill.encoders}
         for one in fill.encoders if fill.table is not None else ():
             keys = fill.table.keys[one.scheme.row_column]  # type: ignore[union-attr]
-            numbers = one.store.rows_of(keys.reshape(-1, 2)).reshape(keys.shape[:2])
+            numbers = fill.rows_of(one)
             self._rows[one.name][:known] = torch.from_numpy(numbers)
-            self._unmet[one.lacking(keys.reshape(-1, 2)) // keys.shape[1]] = True  # lost, or there is room for it now
+            lacking = one.lacking(keys.reshape(-1, 2), numbers)  # lost, or there is room for it now
+            self._unmet[lacking // keys.shape[1]] = True
 
     @property
     def columns(self) -> CachedColumns:
@@ -167,6 +168,7 @@ class MetSamples:
     def share(self) -> None:
         """Let the workers of a loader see what comes to be known, instead of how it was when they started."""
         self._shared = True
+        self._making.part_from_table()
         for tensor in (*self._rows.values(), *(self._making.targets or ())):
             if not tensor.is_shared():  # type: ignore[no-untyped-call]
                 tensor.share_memory_()  # type: ignore[no-untyped-call]

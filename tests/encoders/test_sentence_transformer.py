@@ -362,3 +362,27 @@ def test_static_embeddings_are_those_of_encode(wordllama, prompt):
     with torch.no_grad():
         given = encoder(encoder.collate(items))
     assert torch.equal(given, wordllama.encode(items, prompt=prompt, convert_to_tensor=True))
+
+
+@pytest.mark.parametrize("prompt", [None, "classify: "])
+def test_static_embeddings_are_collated_to_what_the_library_gives(wordllama, prompt):
+    items = [*TEXTS, "", "naïve café 🙂 日本語", "word " * 700]
+    tokenizer = wordllama[0].tokenizer
+    encoder = SentenceTransformerEncoder(wordllama, prompt=prompt)
+    expected = wordllama[0].preprocess(items, prompt=prompt)
+    for collate in (encoder.collate, pickle.loads(pickle.dumps(encoder.collate_fn()))):
+        found = collate(items)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert wordllama[0].tokenizer is tokenizer
+
+
+def test_static_embeddings_of_a_subclass_are_given_the_places_of_their_tokens(wordllama):
+    class Placed(type(wordllama[0])):
+        def preprocess(self, inputs, prompt=None, **settings):
+            self.ends = [encoding.offsets[-1][1] for encoding in self.tokenizer.encode_batch(inputs)]
+            return super().preprocess(inputs, prompt=prompt, **settings)
+
+    model = copy.deepcopy(wordllama)
+    model[0].__class__ = Placed
+    SentenceTransformerEncoder(model).collate(TEXTS)
+    assert model[0].ends == [len(text) for text in TEXTS]

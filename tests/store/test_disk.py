@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ from quatcache.keys import content_keys
 from quatcache.read_through import read_through
 from quatcache.store import DiskStore
 from quatcache.store import disk as disk_module
+from quatcache.store import shards as shards_module
 from quatcache.store.files import checksum
 from quatcache.store.manifest import MANIFEST_NAME, Manifest
 from tests.stores_for_tests import DIGEST, Clock, sealed
@@ -666,6 +669,55 @@ def test_refused_shard_is_warned_of_once(tmp_path, caplog):
     assert len(caplog.records) == 1
     store.refresh()
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("threads", ["many", "one core", "none to be had"])
+def test_shards_are_numbered_in_the_order_of_the_manifest_whichever_is_opened_first(tmp_path, monkeypatch, threads):
+    for number in range(6):
+        commit(tmp_path, number)
+    order = [entry.file for entry in Manifest.read(tmp_path).shards]
+    open_shard, others_began = shards_module.open_shard, threading.Event()
+
+    def first_comes_last(directory, entry, *others, **checks):
+        if entry.file == order[1]:
+            others_began.set()
+        assert entry.file != order[0] or threads != "many" or others_began.wait(60)
+        return open_shard(directory, entry, *others, **checks)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1 if threads == "one core" else 8)
+    monkeypatch.setattr(shards_module, "open_shard", first_comes_last)
+    if threads == "none to be had":
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    store = DiskStore(tmp_path, DIGEST)
+    assert store.rows_of(keys_of(*range(6))).tolist() == list(range(6)) and held(store, *range(6)) == list(range(6))
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_error_while_several_shards_are_opened_is_raised_and_opens_no_more(tmp_path, monkeypatch):
+    for number in range(12):
+        commit(tmp_path, number)
+    begun, stopped, shut_down = [], threading.Event(), ThreadPoolExecutor.shutdown
+
+    def unreadable(directory, entry, *others, **checks):
+        begun.append(entry.file)
+        assert len(begun) == 1 or stopped.wait(60)
+        raise StoreError(f"cannot read {entry.file}")
+
+    def stop(executor, *arguments, **options):
+        shut_down(executor, wait=False, cancel_futures=options.get("cancel_futures", False))
+        stopped.set()
+        shut_down(executor, *arguments, **options)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stop)
+    monkeypatch.setattr(shards_module, "open_shard", unreadable)
+    running = threading.active_count()
+    with pytest.raises(StoreError, match="cannot read"):
+        DiskStore(tmp_path, DIGEST)
+    assert threading.active_count() == running and len(begun) < 12
 
 
 def test_checksums_can_be_left_unread(tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quatcache import CacheConfig, SimilarityPairSample
+from quatcache.errors import ConfigError
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.training import verify
 from tests.fits import WORDS, HashingEncoder, Model, Texts, fit, loader, same_run, texts
@@ -229,3 +230,35 @@ def test_the_ends_of_a_dataset_are_compared_at_every_warm_start(few_are_compared
         model = Model(cache=CacheConfig(save_dir=tmp_path))
         fit(model, loader(large(lambda words, groups, place=place: words.__setitem__(place, f"an end: {place}"))))
         assert model.cache_callback.report.encoded == expected
+
+
+class OneMore(HashingEncoder):
+    """Sees other content each time that it is asked."""
+
+    def content(self, item):
+        self._asked = getattr(self, "_asked", 0) + 1
+        return f"{item} {self._asked}"
+
+
+@pytest.mark.parametrize("what", ["content", "key"])
+def test_texts_that_stay_while_their_keys_change_are_refused(what):
+    counter = itertools.count()
+    extractor = {"key_extractors": lambda item: next(counter)} if what == "key" else {}
+    encoder = OneMore() if what == "content" else HashingEncoder()
+    with pytest.raises(ConfigError, match="differs between two reads"):
+        fit(Model({"default": encoder}, CacheConfig(**extractor)), loader(Texts(texts(20))))
+
+
+class Relabelled(Texts):
+    """Gives one of its samples another label at each read."""
+
+    def __getitem__(self, index):
+        text, group = super().__getitem__(index)
+        return text, (self.reads % 5 if index == 7 else group)
+
+
+def test_a_label_that_changes_between_two_reads_is_not_kept():
+    model = Model(cache=CacheConfig())
+    fit(model, loader(Relabelled(texts(21))))
+    report = model.cache_callback.report
+    assert not report.labels and "the target of item 7 differs between two reads" in report.labels_reason

@@ -165,6 +165,11 @@ def with_nan(rows):
     return rows
 
 
+def with_infinities(rows):
+    rows[2, 3], rows[4, 3] = float("inf"), -float("inf")
+    return rows
+
+
 class TestEncoderOutput:
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -174,6 +179,7 @@ class TestEncoderOutput:
             (lambda rows: rows[:, :4], "returned rows of size 4, its embedding_size says 16"),
             (lambda rows: [rows], "returned a list for 20 items; return a tensor"),
             (with_nan, "returned NaN or infinity for item '"),
+            (with_infinities, "returned NaN or infinity for item '"),
         ],
     )
     def test_a_wrong_answer_is_refused_and_nothing_is_stored(self, change, message, tmp_path):
@@ -181,6 +187,10 @@ class TestEncoderOutput:
         with pytest.raises(EncoderOutputError, match=message):
             run({"default": Answers(change)}, cache)
         assert not list(tmp_path.glob("encoders/*/shard-*"))
+
+    def test_large_values_are_no_infinity_though_their_sum_is(self):
+        model = run({"default": Answers(lambda rows: rows.sign() * 3e38)}, CacheConfig(batch_size=20))
+        assert model.cache_callback.report.encoded == 20
 
     def test_values_too_large_for_the_storage_dtype_are_refused(self):
         with pytest.raises(EncoderOutputError, match=r"does not fit the storage dtype torch.float16; use .*bfloat16"):
