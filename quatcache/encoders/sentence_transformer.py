@@ -202,10 +202,6 @@ class SentenceTransformerEncoder(Encoder):
             return self.truncate_dim
         return size if self.truncate_dim is None else min(size, self.truncate_dim)
 
-    def content(self, item: Any) -> Any:
-        """Give the item: a text is seen whole, and so is a dict of modalities."""
-        return item
-
     def length(self, item: Any) -> int:
         """Count the characters of an item; 0 where a model pads nothing, so that sorting would gain nothing."""
         if self._pads_nothing is None and is_loaded(self):

@@ -216,10 +216,6 @@ class TransformersEncoder(Encoder):
             )
         return size
 
-    def content(self, item: Any) -> Any:
-        """Give the item: a text is seen whole."""
-        return item
-
     def length(self, item: Any) -> int:
         """Count the characters of an item."""
         return text_length(item)
