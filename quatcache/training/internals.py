@@ -106,7 +106,20 @@ def looks_in_passing(module: LightningModule) -> bool:
     if is_bookkeeping():
         return True
     trainer = module._trainer
-    return trainer is not None and trainer.state.status == "running" and module._current_fx_name is None
+    if trainer is None or trainer.state.status != "running":
+        return False
+    return module._current_fx_name is None or not _is_in_hook()
+
+
+def _is_in_hook() -> bool:
+    """Say whether a hook is being called: a run that an error ended has left the name of its last one behind."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        calls = frame.f_globals.get("__name__", "").endswith(".trainer.call")
+        if calls and "prev_fx_name" in frame.f_code.co_varnames:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_bookkeeping() -> bool:
