@@ -18,6 +18,7 @@ __all__ = [
     "give_loaders",
     "is_attached",
     "is_bookkeeping",
+    "is_compiled",
     "let_metric_rest",
     "loader_source",
     "looks_in_passing",
@@ -48,6 +49,11 @@ def give_loaders(loop: Any, combined: Any) -> None:
 def is_attached(module: LightningModule) -> bool:
     """Say whether a module belongs to a trainer, so that its steps may ask for it."""
     return getattr(module, "_trainer", None) is not None
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Say whether Lightning runs the steps of a module as ``torch.compile`` has made them."""
+    return getattr(module, "_compiler_ctx", None) is not None
 
 
 def unseen_steps(trainer: Trainer, batch_idx: int) -> int:
