@@ -211,7 +211,7 @@ def positions_of(indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tens
     """Give the indices of a batch as a dataset understands them: whole numbers, negative ones from the end.
 
     Args:
-        indices: Of B samples; a tensor comes from a loader of ours and has no negative ones.
+        indices: Of B samples; a tensor on another device than the CPU has no negative ones.
         size: That of the dataset.
 
     Returns:
@@ -224,7 +224,7 @@ def positions_of(indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tens
     where = torch.as_tensor(indices)
     if where.dtype is not torch.int64:
         where = where.to(torch.int64)
-    if isinstance(indices, torch.Tensor):
+    if where.device.type != "cpu" or not len(where) or where.min() >= 0:  # a look at a GPU would wait for it
         return where
     return torch.where(where < 0, where + size, where)
 

@@ -8,6 +8,7 @@ from typing import Any
 from quatcache.errors import ConfigError
 from quatcache.training.config import CacheConfig, CacheType, checked_config
 from quatcache.training.guards import checked_metrics, encoders_of
+from quatcache.training.internals import is_compiled
 from quatcache.training.lightning import Callback, LightningModule, Trainer
 from quatcache.training.loss_log import LossLog
 from quatcache.training.report import CacheReport
@@ -50,6 +51,9 @@ class CacheCallback(Callback):
                 "copy.deepcopy(model)."
             )
         self._end()
+        losses = _loss_log_of(pl_module)
+        if losses is not None and is_compiled(pl_module):
+            losses.stay_untraced()
         self._session = CacheSession(trainer, pl_module, self.config)
         self.report = self._session.report
         if self.config is not None:

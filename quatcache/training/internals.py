@@ -18,6 +18,7 @@ __all__ = [
     "give_loaders",
     "is_attached",
     "is_bookkeeping",
+    "is_compiled",
     "let_metric_rest",
     "loader_source",
     "looks_in_passing",
@@ -48,6 +49,11 @@ def give_loaders(loop: Any, combined: Any) -> None:
 def is_attached(module: LightningModule) -> bool:
     """Say whether a module belongs to a trainer, so that its steps may ask for it."""
     return getattr(module, "_trainer", None) is not None
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Say whether Lightning runs the steps of a module as ``torch.compile`` has made them."""
+    return getattr(module, "_compiler_ctx", None) is not None
 
 
 def unseen_steps(trainer: Trainer, batch_idx: int) -> int:
@@ -106,7 +112,20 @@ def looks_in_passing(module: LightningModule) -> bool:
     if is_bookkeeping():
         return True
     trainer = module._trainer
-    return trainer is not None and trainer.state.status == "running" and module._current_fx_name is None
+    if trainer is None or trainer.state.status != "running":
+        return False
+    return module._current_fx_name is None or not _is_in_hook()
+
+
+def _is_in_hook() -> bool:
+    """Say whether a hook is being called: a run that an error ended has left the name of its last one behind."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        calls = frame.f_globals.get("__name__", "").endswith(".trainer.call")
+        if calls and "prev_fx_name" in frame.f_code.co_varnames:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_bookkeeping() -> bool:

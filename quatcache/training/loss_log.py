@@ -75,6 +75,19 @@ class LossLog:
     _unseen_until: int = 0  # of this epoch: no step before it is looked at
     _shown: float = -math.inf  # when a progress bar was last given a loss
 
+    def stay_untraced(self) -> None:
+        """Keep out of the graphs of a compiled model: what is logged depends on the trainer, and on the clock.
+
+        Called for those models alone, for it imports the compiler.
+        """
+        for name in ("train", "evaluate"):
+            method = getattr(type(self), name).__get__(self)
+            setattr(self, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what :meth:`stay_untraced` has put in the place of methods: it would not pickle."""
+        return {name: value for name, value in vars(self).items() if name not in ("train", "evaluate")}
+
     def begin(self, module: LightningModule) -> None:
         """Find out at the start of a training epoch who may look at the loss of a step."""
         self._means.clear()

@@ -197,3 +197,24 @@ def test_where_not_all_is_on_the_device_indices_stay_in_main_memory(as_on_a_gpu,
 
     assert same_run(once(None), once(CacheConfig(save_dir=tmp_path, **cache)))
     assert as_on_a_gpu == {"orders": [], "columns": []}
+
+
+class TensorBatches:
+    """Batches as tensors, with indices that count from the end."""
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        return iter([torch.arange(5), torch.arange(-5, 0), torch.tensor([3, -3]), torch.tensor([-20])])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"labels": False}, {"fill": "lazy"}, {"max_size": 600}])
+def test_batches_that_are_tensors_may_count_from_the_end(settings, workers):
+    def run(cache):
+        model = Model(cache=cache)
+        fit(model, loader(Texts(texts(20)), batch_size=1, batch_sampler=TensorBatches(), num_workers=workers))
+        return model
+
+    assert same_run(run(CacheConfig(**settings)), run(None))

@@ -1,6 +1,7 @@
 """What is logged of losses is what a self.log in each step would show, without a self.log in each step."""
 
 import csv
+import pickle
 
 import pytest
 import pytorch_lightning as pl
@@ -21,7 +22,7 @@ from quatcache.data.samples import read_sample
 from quatcache.training import loss_log
 from quatcache.training.lightning import LightningModule
 from quatcache.training.loss_log import LossLog
-from tests.fits import Model, Texts, fit, loader, texts, trainer
+from tests.fits import Model, Texts, fit, loader, same_run, texts, trainer
 from tests.stores_for_tests import Clock
 
 TRAIN, VAL = Texts(texts(44)), Texts(texts(21))  # batches of 8, the last ones smaller
@@ -357,3 +358,20 @@ def test_names_of_lightning_that_are_relied_on_exist():
     assert isinstance(run.fit_loop.epoch_loop._results, dict) and isinstance(type(run)._results, property)
     assert run.fit_loop.epoch_loop.total_batch_idx == -1
     assert hasattr(ModelCheckpoint(), "_every_n_train_steps") and hasattr(ModelCheckpoint(), "_train_time_interval")
+
+
+@pytest.mark.parametrize("cache", [None, CacheConfig()], ids=["uncached", "cached"])
+def test_a_compiled_model_trains_and_logs_the_same(cache):
+    def run(compiled):
+        model = Model(cache=cache)
+        pl.seed_everything(0, verbose=False)
+        run = trainer()
+        given = torch.compile(model, backend="eager") if compiled else model
+        run.fit(given, loader(Texts(texts(40)), shuffle=True), loader(Texts(texts(20))))
+        return model, {name: value.item() for name, value in run.callback_metrics.items()}
+
+    (plain, logged), (compiled, logged_too) = run(False), run(True)
+    assert same_run(plain, compiled)
+    assert logged == logged_too
+    assert "train" not in vars(plain.loss_log)  # no compiler is imported for it
+    pickle.dumps(compiled.loss_log)

@@ -105,6 +105,17 @@ def test_other_runs_load_nothing_either(folder, save_dir, what):
     assert torch.allclose(torch.tensor(_numbers(first)), torch.tensor(_numbers(again)), atol=1e-5)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a step failed"), KeyboardInterrupt()])
+def test_warm_run_after_one_that_ended_within_a_hook_loads_nothing(folder, save_dir, error):
+    run(model(folder, save_dir))
+    warm = model(folder, save_dir)
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        run(warm, callbacks=[Failing(error)])
+    assert warm._current_fx_name is not None  # what Lightning leaves behind
+    run(warm)
+    assert waits(warm)
+
+
 def _numbers(result):
     return [list(each.values()) for each in result] if isinstance(result[0], dict) else torch.cat(result).tolist()
 
