@@ -37,6 +37,7 @@ FLOORS = {
     "serving": 6,
     "cli": 7,
     "demo": 7,
+    "__main__": 7,
 }
 NEIGHBOURS_APART = 6  # on this floor the rooms do not know each other
 ROOF = "quatcache"  # quatcache/__init__.py: it hands out public names and belongs to no floor
