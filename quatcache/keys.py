@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,9 @@ _CONTENT, _TEXT, _EXTRACTED, _INDEX = b"c", b"t", b"e", b"i"
 
 _BLOCK = 1 << 16
 """Keys looked up or added at once: what that takes beside its result stays at a few megabytes."""
+
+_FEW = 64
+"""So many keys are looked up or added one by one: NumPy takes as long for a single key as for these."""
 
 
 def content_keys(items: Sequence[Any]) -> KeyArray:
@@ -255,9 +258,25 @@ class KeyIndex:
         same: npt.NDArray[np.bool_] = (held[:, 0] == keys[:, 0]) & (held[:, 1] == keys[:, 1])
         return same
 
+    def _search(self, keys: KeyArray) -> Iterator[tuple[int, int]]:
+        """Give the place where the search for each key ends, one by one, and the entry that it finds there or -1."""
+        entry_at, word_at, last = self._table.item, self._keys.item, len(self._table) - 1
+        for place, (first, second) in zip(self._home(keys).tolist(), keys.tolist(), strict=True):
+            step, entry = 0, entry_at(place)
+            while entry >= 0 and (word_at(entry, 0) != first or word_at(entry, 1) != second):
+                step += 1
+                place = (place + step) & last  # as _next does
+                entry = entry_at(place)
+            yield place, entry
+
     def _place(self, entries: npt.NDArray[Any]) -> None:
         """Put entries into the table; one with the key of an older one takes its place."""
         keys = self._keys[entries[0] : entries[-1] + 1]
+        if len(keys) <= _FEW:
+            for entry, (place, before) in zip(entries.tolist(), self._search(keys), strict=True):
+                self._table[place] = entry
+                self._count += before < 0
+            return
         places, step = self._home(keys), 0
         while len(entries):  # equal keys come to the same places in the same rounds
             free, held = self._held(places)
@@ -276,6 +295,9 @@ class KeyIndex:
 
     def _find(self, keys: KeyArray, rows: npt.NDArray[np.int64]) -> None:
         """Write the row of each key to its place in ``rows``."""
+        if len(keys) <= _FEW:
+            rows[:] = [self._rows.item(entry) if entry >= 0 else -1 for _, entry in self._search(keys)]
+            return
         places, step, where = self._home(keys), 0, np.arange(len(keys))
         while len(where):
             free, held = self._held(places)

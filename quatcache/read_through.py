@@ -62,6 +62,7 @@ def read_through(
     store: Store[Keys, Values],
     *,
     batches: int | Batching | None = None,
+    found: Found | None = None,
 ) -> Values:
     """Answer for every key, computing what the store lacks.
 
@@ -72,6 +73,7 @@ def read_through(
         store: Where values are looked up and put. Each finished batch is put at once, so that a failure in a later
             batch loses nothing.
         batches: At most so many keys a call; or a function that splits the positions of the misses; None: one call.
+        found: What ``store.get_many`` has just given for the keys, if the caller had to know; None: it is asked.
 
     Returns:
         N values in the order of the keys, equal to computing each of them.
@@ -86,7 +88,8 @@ def read_through(
         >>> read_through(words, lambda positions: [len(words[p]) for p in positions], MemoryStore())
         [3, 3, 3]
     """
-    found = store.get_many(keys)
+    if found is None:
+        found = store.get_many(keys)
     if len(found.positions) == len(keys):
         return found.values  # type: ignore[no-any-return]
     absent = np.ones(len(keys), bool)

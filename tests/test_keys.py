@@ -366,12 +366,14 @@ def as_keys(pairs):
     adds=st.lists(st.tuples(st.lists(st.tuples(words, words), max_size=8), st.booleans()), max_size=10),
     asked=some_keys,
     block=st.sampled_from([2, 5, 1 << 16]),
+    few=st.sampled_from([0, 3, 64]),  # one by one, or many at once
 )
 @settings(max_examples=300, deadline=None)
-def test_index_finds_what_a_dict_finds(adds, asked, block):
+def test_index_finds_what_a_dict_finds(adds, asked, block, few):
     index, model, row = KeyIndex(), {}, 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys_module, "_BLOCK", block)
+        patch.setattr(keys_module, "_FEW", few)
         for pairs, look in adds:
             index.add(as_keys(pairs), np.arange(row, row + len(pairs)))
             model.update(zip(pairs, range(row, row + len(pairs)), strict=True))

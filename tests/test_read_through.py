@@ -202,3 +202,22 @@ def test_compute_gets_positions_into_the_keys_it_was_given():
     read_through(["h", "a", "h", "b"], lambda p: seen.append(p) or [0] * len(p), MemoryStore({"h": 1}))
     (positions,) = seen
     assert isinstance(positions, np.ndarray) and positions.tolist() == [1, 3]
+
+
+def test_a_look_up_that_the_caller_did_is_not_done_again():
+    store = MemoryStore()
+    store.put_many(["a"], ["A"])
+    found = store.get_many(["a", "b", "a"])
+    store.get_many = None  # not called
+    asked = []
+    answer = read_through(["a", "b", "a"], lambda positions: asked.extend(positions) or ["B"], store, found=found)
+    assert answer == ["A", "B", "A"] and asked == [1]
+
+
+def test_an_answer_is_not_what_was_computed_but_a_copy_of_it():
+    output = torch.ones(2, 3)  # as a graph of CUDA writes each of its outputs to the same place
+    keys = content_keys(["a", "b", "c", "d"])
+    store = TensorStore()
+    first = read_through(keys[:2], lambda positions: output, store)
+    read_through(keys[2:], lambda positions: output.mul_(5), store)
+    assert first.tolist() == [[1.0] * 3] * 2

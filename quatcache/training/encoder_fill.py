@@ -15,7 +15,7 @@ import torch
 
 from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.errors import CacheMissError, ConfigError, StoreError, shorten
-from quatcache.keys import KeyArray, distinct
+from quatcache.keys import KeyArray
 from quatcache.read_through import Counts, fill_through, read_through
 from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
 from quatcache.store.buffer import as_rows
@@ -220,7 +220,8 @@ class EncoderFill:
         order = chunk.batch_order
         keys = chunk.keys[self.scheme.row_column].reshape(-1, 2)[order]
         items = [chunk.items[position] for position in order.tolist()]
-        missing = self.store.missing(keys)
+        found, held = self.store.get_many(keys), len(self.store)
+        missing = np.delete(np.arange(len(keys)), found.positions)
         if len(missing) and self.on_miss == "error":
             raise CacheMissError(
                 f"item {shorten(items[missing[0]])} has no row of encoder {self.name!r}, and on_miss is 'error'; fill "
@@ -238,16 +239,14 @@ class EncoderFill:
 
         with isolate_rng() if len(missing) else nullcontext():  # the step must draw what it draws without a cache
             try:
-                rows = read_through(keys, compute, self._kept, batches=calls.split)
+                rows = read_through(keys, compute, self._kept, batches=calls.split, found=found)
             except StoreError as error:  # a full disk: what was committed is kept, and the rest stays in memory
                 self.decline(error)
                 rows = read_through(keys, compute, self._kept, batches=calls.split)
         self.counts += Counts(len(keys), len(keys) - len(missing), len(missing) - encoded, encoded)
         self.in_steps += encoded
         if encoded:
-            kept = encoded
-            if self.declines or self.max_size is not None:  # counting what the store holds would sort all of its keys
-                kept -= len(distinct(keys[self.store.missing(keys)])[0])
+            kept = len(self.store) - held
             self.kept_in_steps += kept
             self.fill_seconds += (self.seconds - before) * kept / encoded
         return rows
@@ -268,11 +267,13 @@ class _Calls:
         self._items = items
         self._batch_size = batch_size
         self._ahead = ahead
+        self._encoder: FrozenEncoder | None = None
         self._current: Sequence[Any] = ()
         self._following: Sequence[Any] = ()
 
     def split(self, positions: Positions) -> Iterator[Positions]:
-        encoder, started = self._fill.frozen(), time.monotonic()
+        self._encoder = encoder = self._fill.frozen()  # once for all calls: it looks at the weights
+        started = time.monotonic()
         items = [self._items[position] for position in positions.tolist()]
         calls = self._fill.calls.split(items, self._batch_size)
         if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is the cheapest call
@@ -285,8 +286,9 @@ class _Calls:
 
     def encode(self, positions: Positions) -> Any:
         """Encode the call that was split off last."""
-        encoder, started = self._fill.frozen(), time.monotonic()
-        rows = encoder.encode(self._current, self._following if self._ahead else ())
+        assert self._encoder is not None
+        started = time.monotonic()
+        rows = self._encoder.encode(self._current, self._following if self._ahead else ())
         if self._fill.dtype is not None:  # the same row whether it is found or was just made
             rows = as_rows(rows, None, self._fill.dtype).to(rows.dtype)
         self._fill.seconds += time.monotonic() - started

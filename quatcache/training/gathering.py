@@ -141,6 +141,8 @@ def _merged(store: RowStore, numbers: torch.Tensor, unmet: torch.Tensor, answer:
         unmet: Positions ``(n,)`` in the batch of samples whose rows are not taken from there.
         answer: Their rows ``(k * n, *row_shape)``.
     """
+    if len(answer) == len(numbers):  # all of the batch, in its order
+        return answer
     size = len(numbers) * len(unmet) // len(answer)  # B
     asked = torch.cat([unmet + start for start in range(0, len(numbers), size)])
     gathered = torch.ones(len(numbers), dtype=torch.bool)

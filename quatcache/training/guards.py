@@ -47,6 +47,9 @@ class FrozenGuard:
     through ``.data`` or numpy leaves no trace: so tensors on the CPU are all digested from time to time as well, as
     often as :data:`SHARE_OF_TIME` allows. On an accelerator that would mean copying, and is left.
 
+    Finding all tensors takes longer than a small step. So a step that encodes only sees whether those that were found
+    are still there and were not written to; all are looked for as often as the same share allows.
+
     Args:
         encoders: The cached encoders by name.
         time_func: Clock in seconds.
@@ -59,6 +62,9 @@ class FrozenGuard:
         self._time = time_func
         self._cost = 0.0  # seconds that digesting all tensors took
         self._since = 0.0  # when that was
+        self._look_cost = 0.0  # seconds that a look without it took
+        self._looked = 0.0  # when the last look of either kind was
+        self._marks: list[_Mark] = []  # what that found, without arrays: those are other tensors in each look
         self._parameters: list[nn.Parameter] | None = None  # all there are, while no module anywhere gets another
         self._watching = _call_at_registrations(self, FrozenGuard._look_anew)
 
@@ -74,6 +80,12 @@ class FrozenGuard:
             self._known = {name: _look(encoder, None, thorough=True) for name, encoder in self._encoders.items()}
             self._since = self._time()
             self._cost = self._since - started
+            self._note()
+
+    def _note(self) -> None:
+        self._looked = self._time()
+        marks = (mark for look in self._known.values() for mark in look.marks.values())
+        self._marks = [mark for mark in marks if mark.tensor() is not None]
 
     def unfrozen(self) -> tuple[str, str] | None:
         """Find an encoder that was unfrozen: its rows would stay what they were.
@@ -125,9 +137,22 @@ class FrozenGuard:
                     "None from configure_caches()."
                 )
             self._known[name] = now  # the same values, but perhaps written or moved, as by loading a checkpoint
+        self._note()
         if thorough:
-            self._since = self._time()
+            self._since = self._looked
             self._cost = self._since - started
+        else:
+            self._look_cost = self._looked - started
+
+    def check_in_step(self) -> None:
+        """Look at the tensors that were found last, and at everything if there is something about them, or time for it.
+
+        Raises:
+            NotFrozenError: An encoder has other weights or other modules than at the fill.
+        """
+        spent = (self._time() - self._looked) * SHARE_OF_TIME
+        if spent >= self._look_cost or not all(mark.holds() for mark in self._marks):
+            self.check_unchanged()
 
 
 def _call_at_registrations(guard: FrozenGuard, call: Callable[[FrozenGuard], None]) -> weakref.finalize[Any, Any]:
@@ -156,9 +181,14 @@ class _Mark:
     version: int
     address: int
 
+    def holds(self) -> bool:
+        """Whether the tensor still exists, at the same place, and no write was counted."""
+        tensor = self.tensor()
+        return tensor is not None and (self.version, self.address) == (tensor._version, tensor.data_ptr())
+
     def stands(self, tensor: torch.Tensor) -> bool:
-        """Whether this is the same tensor, at the same place, and no write was counted."""
-        return self.tensor() is tensor and (self.version, self.address) == (tensor._version, tensor.data_ptr())
+        """The same of a tensor that has to be this one."""
+        return self.tensor() is tensor and self.holds()
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class CacheSession:
         self.guard.check_unchanged()
 
     def _check(self) -> None:
-        self.guard.check_unchanged()
+        self.guard.check_in_step()
 
     def begin_epoch(self) -> None:
         """See that the encoders are still those that filled the cache, and note when a training epoch starts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import warnings
 
@@ -50,6 +51,51 @@ def test_weights_are_digested_as_often_as_their_share_of_time_allows(monkeypatch
     now[0] += 100.0
     with pytest.raises(NotFrozenError, match=r"linear\.weight"):
         guard.check_unchanged()
+
+
+def replaced(encoder):
+    encoder.linear.weight = nn.Parameter(encoder.linear.weight + 1, requires_grad=False)
+
+
+def written(encoder):
+    encoder.linear.weight.add_(1)
+
+
+def moved(encoder):
+    encoder.linear.weight.data = encoder.linear.weight.data + 1
+
+
+@pytest.mark.parametrize("change", [replaced, written, moved])
+def test_a_step_notices_weights_that_torch_says_were_changed_without_looking_at_all_modules(change, monkeypatch):
+    monkeypatch.setattr("quatcache.training.guards.SHARE_OF_TIME", 0.0)
+    looked = []
+    look = guards._look
+    monkeypatch.setattr(guards, "_look", lambda one, before, thorough: looked.append(1) or look(one, before, thorough))
+    encoder = Linear()
+    guard = FrozenGuard({"default": encoder}, time_func=itertools.count().__next__)
+    guard.remember()
+    guard.check_in_step()  # finds out what a look costs
+    looked.clear()
+    guard.check_in_step()
+    assert not looked
+    change(encoder)
+    with pytest.raises(NotFrozenError, match=r"linear\.weight"):
+        guard.check_in_step()
+
+
+def test_a_step_notices_other_changes_when_looks_have_become_cheap_again(monkeypatch):
+    monkeypatch.setattr("quatcache.training.guards.SHARE_OF_TIME", 0.01)
+    now = [0.0]
+    encoder = Linear()
+    encoder.table = np.ones(3)  # of an array, torch sees nothing
+    guard = FrozenGuard({"default": encoder}, time_func=lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    guard.remember()
+    guard.check_in_step()
+    encoder.table[0] = 2.0
+    guard.check_in_step()
+    now[0] += 500.0
+    with pytest.raises(NotFrozenError, match="table"):
+        guard.check_in_step()
 
 
 class Linear(Encoder):
