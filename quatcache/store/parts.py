@@ -172,15 +172,29 @@ class Claims:
         self._known = KeyIndex()
         self._read = 0
 
-    def take(self, keys: KeyArray, number: int = 0) -> Positions:
-        """Claim keys.
+    def take(self, keys: KeyArray) -> Positions:
+        """Claim keys, and say nothing of where their rows will be.
+
+        Args:
+            keys: Distinct keys ``(N, 2)``.
+
+        Returns:
+            The positions of those that nobody had claimed.
+
+        Raises:
+            StoreError: The file cannot be written.
+        """
+        return np.flatnonzero(self.deal(keys, 0) < 0)
+
+    def deal(self, keys: KeyArray, number: int) -> npt.NDArray[np.int64]:
+        """Claim keys, and find the numbers of those that are claimed already.
 
         Args:
             keys: Distinct keys ``(N, 2)``.
             number: What others find beside those that are claimed now, from 0 to ``2**63 - 1``.
 
         Returns:
-            The positions of those that nobody had claimed.
+            For each key the number that it was claimed with before, and -1 if it is claimed only now, ``(N,)``.
 
         Raises:
             StoreError: The file cannot be written.
@@ -190,21 +204,18 @@ class Claims:
         try:
             with locked(self._path.with_name(_CLAIMS_LOCK)), self._path.open("a+b") as file:
                 self._learn(file.seek(0, os.SEEK_END) // _RECORD_BYTES * _RECORD_BYTES, file)
-                free = np.flatnonzero(self._known.find(keys) < 0)
+                numbers = self._known.find(keys)
+                free = keys[numbers < 0]
                 file.truncate(self._read)  # a claim of which only a part was written: its rank died
                 file.seek(0, os.SEEK_END)
-                records = np.column_stack([keys[free], np.full(len(free), number, np.int64)])
+                records = np.column_stack([free, np.full(len(free), number, np.int64)])
                 file.write(np.ascontiguousarray(records, "<i8").tobytes())
                 self._add(records)
         except OSError as error:
             raise StoreError(
                 f"cannot write {self._path}: {error.strerror or error}; free space or permit writing there."
             ) from error
-        return free
-
-    def numbers(self, keys: KeyArray) -> npt.NDArray[np.int64]:
-        """Give the number beside each claimed key, shape ``(N,)``, and -1 for others, as :meth:`take` last saw them."""
-        return self._known.find(keys)
+        return numbers
 
     def _learn(self, size: int, file: Any) -> None:
         file.seek(self._read)

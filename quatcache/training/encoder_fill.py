@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["EncoderFill"]
 
+SHARED_SECONDS = 0.01
+"""What encoding the misses of a step must take for ranks to share it: sharing takes one or two milliseconds itself."""
+
 
 @dataclass
 class EncoderFill:
@@ -258,6 +261,10 @@ class EncoderFill:
             self.fill_seconds += (self.seconds - before) * kept / encoded
         return rows
 
+    def shares(self, items: int) -> bool:
+        """Say whether so many items take long enough that other ranks should not encode them as well."""
+        return self.shared is not None and (self.pace is None or self.pace * items >= SHARED_SECONDS)
+
     def _stop_sharing(self) -> None:
         if self.shared is not None:
             self.shared.leave()
@@ -325,7 +332,7 @@ class _StepCalls(_Calls):
     def split(self, positions: Positions) -> Iterator[Positions]:
         fill, keys = self._fill, self._keys[positions]
         shared, self._given = fill.shared, None
-        turn = None if shared is None else shared.claim(fill.store, keys, fill.affordable(keys))
+        turn = shared.claim(fill.store, keys, fill.affordable(keys)) if shared and fill.shares(len(keys)) else None
         if shared is None or turn is None:
             yield from super().split(positions)
             return

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from quatcache.errors import FormatError, StoreError
-from quatcache.keys import KeyArray, KeyIndex
+from quatcache.keys import KeyArray
 from quatcache.sequences import PaddedSequences
 from quatcache.store import DiskStore, Positions
 from quatcache.store.parts import Claims
@@ -119,14 +119,15 @@ class SharedSteps:
         name, self._number = store.directory.name, self._number + 1
         claims = self._claims.setdefault(name, self._folder.claims(name))
         try:
-            claimed = kept[claims.take(keys[kept], self._folder.rank * _NUMBERS + self._number)]
+            places = claims.deal(keys[kept], self._folder.rank * _NUMBERS + self._number)
         except StoreError as error:
             self._give_up(error)
             return None
-        places = claims.numbers(keys[kept])
-        elsewhere = places // _NUMBERS != self._folder.rank  # what it claimed itself and lost, it encodes again
+        elsewhere = (places >= 0) & (
+            places // _NUMBERS != self._folder.rank
+        )  # what it claimed and lost, it encodes again
         others = kept[elsewhere]
-        return Turn(store, keys, np.setdiff1d(np.arange(len(keys)), others), claimed, others, places[elsewhere])
+        return Turn(store, keys, np.delete(np.arange(len(keys)), others), kept[places < 0], others, places[elsewhere])
 
     def hand_on(self, turn: Turn) -> None:
         """Leave the rows that were claimed for the others, once they were put into the store."""
@@ -159,9 +160,7 @@ class SharedSteps:
             if found is None:
                 gone.append(which)
                 continue
-            index = KeyIndex()
-            index.add(found[0], np.arange(len(found[0])))
-            at = index.find(turn.keys[which])
+            at = _places_of(turn.keys[which], found[0])
             if (at >= 0).any():
                 rows = found[1][torch.from_numpy(at[at >= 0])]
                 yield which[at >= 0], rows.padded() if isinstance(rows, RaggedRows) else rows
@@ -222,6 +221,12 @@ class SharedSteps:
     @staticmethod
     def _file(rank: int, number: int) -> str:
         return f"step-{rank}-{number}"
+
+
+def _places_of(keys: KeyArray, among: KeyArray) -> npt.NDArray[np.int64]:
+    """Find some keys among those of one file, -1 for those that are not there: too few for a :class:`KeyIndex`."""
+    places = {key.tobytes(): place for place, key in enumerate(among)}
+    return np.array([places.get(key.tobytes(), -1) for key in keys], np.int64)
 
 
 def _finish(device: torch.device) -> None:

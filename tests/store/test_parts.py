@@ -150,11 +150,9 @@ def test_who_claims_a_key_first_has_it(tmp_path):
 
 def test_a_claim_says_where_its_row_will_be(tmp_path):
     one, other = Claims(tmp_path / "claims-x"), Claims(tmp_path / "claims-x")
-    one.take(keys_of("a", "b"), 5)
-    one.take(keys_of("b", "c"), 7 << 32 | 1)
-    assert other.numbers(keys_of("a")).tolist() == [-1]  # it has not looked yet
-    other.take(keys_of("c", "d"), 9)
-    assert other.numbers(keys_of("d", "c", "b", "a", "e")).tolist() == [9, 7 << 32 | 1, 5, 5, -1]
+    assert one.deal(keys_of("a", "b"), 5).tolist() == [-1, -1]
+    assert other.deal(keys_of("c", "b"), 7 << 32 | 1).tolist() == [-1, 5]
+    assert one.deal(keys_of("b", "c", "d"), 9).tolist() == [5, 7 << 32 | 1, -1]
 
 
 def test_half_a_claim_of_a_rank_that_died_is_no_claim_and_shifts_no_other(tmp_path):

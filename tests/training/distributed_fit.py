@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from quatcache import CacheConfig, SimilarityPairSample
 from quatcache.losses import MultipleNegativesRankingLoss
-from quatcache.training import distributed
+from quatcache.training import distributed, encoder_fill
 from tests.fits import Model, Texts, head_of, loader, texts, trainer
 from tests.training.killed_fit import LoggingEncoder, Messages, samples, small_commits
 
@@ -108,6 +108,7 @@ def fit_rank(
     fill=None,
     lazy=False,
     stream=False,
+    shared_seconds=0.0,
     **commits,
 ):
     """Fit as one of several ranks.
@@ -133,11 +134,13 @@ def fit_rank(
         fill: Called instead of what sets up the ranks, for what a test breaks on purpose.
         lazy: Whether rows are cached as batches meet them.
         stream: Whether each rank reads all samples, one after the other.
+        shared_seconds: What the misses of a step must take at least to be shared.
         commits: See :func:`small_commits`.
     """
     if size > 1:
         be_rank(rank, size, port)
     small_commits(**commits)
+    encoder_fill.SHARED_SECONDS = shared_seconds
     if message_seconds is not None:
         distributed.SECONDS_BETWEEN_MESSAGES = message_seconds
     if fill is not None:
@@ -239,6 +242,7 @@ VARIANTS = {
 def fit_variant(rank, size, port, *, save_dir, log, count, variant, cache=True, fill="eager"):
     """Fit other data, or with other settings, as one of several ranks."""
     chosen = VARIANTS[variant]
+    encoder_fill.SHARED_SECONDS = 0.0
     if size > 1:
         be_rank(rank, size, port)
     train = chosen.get("train", lambda count: Texts(texts(count, count * 3 // 4)))(count)
