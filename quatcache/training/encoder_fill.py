@@ -311,13 +311,7 @@ class _Calls:
 
 
 class _StepCalls(_Calls):
-    """The same for a step, in which other ranks may encode some of the items, and hand on their rows.
-
-    Args:
-        fill: The encoder.
-        items: N items.
-        batch_size: Upper bound of items per call.
-        keys: Their keys ``(N, 2)``.
+    """The same for a step, in which other ranks may encode some of the items, with keys ``(N, 2)``, and hand on their rows.
 
     Attributes:
         encoded: Items that were encoded here so far.

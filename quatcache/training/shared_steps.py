@@ -123,9 +123,8 @@ class SharedSteps:
         except StoreError as error:
             self._give_up(error)
             return None
-        elsewhere = (places >= 0) & (
-            places // _NUMBERS != self._folder.rank
-        )  # what it claimed and lost, it encodes again
+        # what this rank claimed and lost, it encodes again
+        elsewhere = (places >= 0) & (places // _NUMBERS != self._folder.rank)
         others = kept[elsewhere]
         return Turn(store, keys, np.delete(np.arange(len(keys)), others), kept[places < 0], others, places[elsewhere])
 

@@ -78,8 +78,8 @@ def test_what_a_budget_does_not_keep_is_not_claimed(tmp_path):
 
 def test_a_cheap_encoder_is_not_shared_for_sharing_would_cost_more(runs):
     runs.run(2, lazy=True, stream=True, shared_seconds=1e9)  # after its first step each rank knows how fast it is
-    again = runs.encoded() - once()
-    assert len(once()) - 32 - 20 <= len(again) < len(once())
+    again = runs.encoded() - once()  # those of the validation are split between the ranks
+    assert len(set(samples(MANY)[0].texts) - set(again)) <= 32
 
 
 def die(call, at):
