@@ -311,7 +311,7 @@ class _Calls:
 
 
 class _StepCalls(_Calls):
-    """The same for a step, in which other ranks may encode some of the items, with keys ``(N, 2)``, and hand on their rows.
+    """The same for a step, in which other ranks may encode some of the items (with keys ``(N, 2)``) and hand on rows.
 
     Attributes:
         encoded: Items that were encoded here so far.

@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 
+from quatcache.errors import StoreError
+from quatcache.store import DiskStore
 from tests.committed import committed_rows, only_store, texts_by_key
 from tests.processes import linux_only
 from tests.training.distributed_fit import BUDGET, fit_variant
@@ -80,6 +82,26 @@ def test_a_cheap_encoder_is_not_shared_for_sharing_would_cost_more(runs):
     runs.run(2, lazy=True, stream=True, shared_seconds=1e9)  # after its first step each rank knows how fast it is
     again = runs.encoded() - once()  # those of the validation are split between the ranks
     assert len(set(samples(MANY)[0].texts) - set(again)) <= 32
+
+
+def full_disk():
+    """Have no store of this process take any more rows after its second batch."""
+    put_many, calls = DiskStore.put_many, iter(range(1000))
+
+    def put(store, keys, values):
+        if next(calls) >= 2:
+            raise StoreError("no space left; free some.")
+        put_many(store, keys, values)
+
+    DiskStore.put_many = put
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_disk_is_full_goes_on_alone_and_so_does_the_other(victim, runs, tmp_path):
+    results = runs.run(2, lambda rank: {"fill": full_disk} if rank == victim else {}, lazy=True, stream=True)
+    (tmp_path / "plain").mkdir()
+    assert steps(results) == steps(Runs(tmp_path / "plain").run(2, cache=False, save_dir=None, stream=True))
+    assert results[1 - victim]["encoded"]
 
 
 def die(call, at):
