@@ -58,9 +58,17 @@ def rows_of(keys):
     return torch.from_numpy(keys).double()
 
 
+class ShortClock(Clock):
+    """What is waited for in a step comes soon, or never."""
+
+    def sleep(self, seconds):
+        super().sleep(seconds)
+        assert self.now < 400, "waits for ever"
+
+
 @pytest.fixture
 def clock():
-    return Clock()
+    return ShortClock()
 
 
 @pytest.fixture
