@@ -77,7 +77,11 @@ class Written(NamedTuple):
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
 ) -> Written:
     """Write a safetensors file atomically.
 
@@ -85,6 +89,7 @@ def write_tensors(
         path: Where; the directory is made if need be.
         tensors: Tensors on any device; they need not be contiguous, and may share memory.
         metadata: Strings for the header.
+        durable: Flush it to the device; false: for what nobody reads after a power cut.
 
     Raises:
         StoreError: The file cannot be written.
@@ -95,19 +100,21 @@ def write_tensors(
         digest = write_safetensors(file, plain, metadata or {})
         return Written(file.tell(), digest)
 
-    return _replace(path, write)
+    return _replace(path, write, durable=durable)
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
+def _replace(path: Path, write: Callable[[BinaryIO], Result], *, durable: bool = True) -> Result:
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             result = write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_directory(path.parent)
+        if durable:
+            _flush_directory(path.parent)
         return result
     except BaseException as error:
         with suppress(OSError):  # a read-only file system refuses even to unlink what does not exist

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
 
@@ -36,16 +37,16 @@ PARTS_VERSION = 1
 
 _LOCK = ".lock"
 _CLAIMS_LOCK = "claims.lock"
-_KEY_BYTES = 16
+_RECORD_BYTES = 24
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 _RANK_LOCK = re.compile(r"rank-[0-9]{1,6}\.lock")
 _FILE_NAME = re.compile(
-    r"rank-[0-9]{1,6}\.lock|[a-z]+(-[0-9]{1,6})?\.safetensors|claims\.lock|claims-[0-9a-f]{32}(-[a-z0-9]{1,16})?"
+    r"rank-[0-9]{1,6}\.lock|[a-z]+(-[0-9]{1,6}(-[0-9]{1,10})?)?\.safetensors|claims\.lock|claims-[0-9a-f]{32}(-[a-z0-9]{1,16})?"
 )
 
 
 class RankFolder:
-    """What the ranks of one run leave for each other in one fill.
+    """What the ranks of one run leave for each other in one fill, or in all of their steps.
 
     Args:
         root: The cache directory.
@@ -116,11 +117,17 @@ class RankFolder:
         """
         described = {"version": PARTS_VERSION, **about}
         metadata = {"quatcache": json.dumps(described), "xxh3": content_digest(described, tensors)}
-        write_tensors(self.path / f"{name}.safetensors", tensors, metadata)
+        # not flushed to the device: after a power cut there is no run that could read it
+        write_tensors(self.path / f"{name}.safetensors", tensors, metadata, durable=False)
 
     def has(self, name: str) -> bool:
         """Say whether a file was left."""
         return (self.path / f"{name}.safetensors").exists()
+
+    def remove(self, name: str) -> None:
+        """Remove a file that nobody needs any more, where that is possible."""
+        with suppress(OSError):
+            (self.path / f"{name}.safetensors").unlink()
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """Read what was left; None if there is nothing, or if it is not what was written.
@@ -151,8 +158,9 @@ class RankFolder:
 class Claims:
     """Which keys one of the ranks encodes: who claims a key first, has it.
 
-    A file of keys, 16 bytes each, to which all ranks append. A claim is a promise and no fact: whoever dies before the
-    row is committed leaves a key that is claimed and missing, and who comes last encodes it.
+    A file of keys, each with a number that says where its row will be, to which all ranks append. A claim is a promise
+    and no fact: whoever dies before the row is committed leaves a key that is claimed and missing, and who comes last
+    encodes it.
 
     Args:
         path: The file; made when the first key is claimed.
@@ -165,7 +173,7 @@ class Claims:
         self._read = 0
 
     def take(self, keys: KeyArray) -> Positions:
-        """Claim keys.
+        """Claim keys, and say nothing of where their rows will be.
 
         Args:
             keys: Distinct keys ``(N, 2)``.
@@ -176,30 +184,47 @@ class Claims:
         Raises:
             StoreError: The file cannot be written.
         """
+        return np.flatnonzero(self.deal(keys, 0) < 0)
+
+    def deal(self, keys: KeyArray, number: int) -> npt.NDArray[np.int64]:
+        """Claim keys, and find the numbers of those that are claimed already.
+
+        Args:
+            keys: Distinct keys ``(N, 2)``.
+            number: What others find beside those that are claimed now, from 0 to ``2**63 - 1``.
+
+        Returns:
+            For each key the number that it was claimed with before, and -1 if it is claimed only now, ``(N,)``.
+
+        Raises:
+            StoreError: The file cannot be written.
+        """
         if not len(keys):
             return np.empty(0, np.int64)
         try:
             with locked(self._path.with_name(_CLAIMS_LOCK)), self._path.open("a+b") as file:
-                self._learn(file.seek(0, os.SEEK_END) // _KEY_BYTES * _KEY_BYTES, file)
-                free = np.flatnonzero(self._known.find(keys) < 0)
-                file.truncate(self._read)  # a key of which only a part was written: its rank died
+                self._learn(file.seek(0, os.SEEK_END) // _RECORD_BYTES * _RECORD_BYTES, file)
+                numbers = self._known.find(keys)
+                free = keys[numbers < 0]
+                file.truncate(self._read)  # a claim of which only a part was written: its rank died
                 file.seek(0, os.SEEK_END)
-                file.write(np.ascontiguousarray(keys[free], "<i8").tobytes())
-                self._add(keys[free])
+                records = np.column_stack([free, np.full(len(free), number, np.int64)])
+                file.write(np.ascontiguousarray(records, "<i8").tobytes())
+                self._add(records)
         except OSError as error:
             raise StoreError(
                 f"cannot write {self._path}: {error.strerror or error}; free space or permit writing there."
             ) from error
-        return free
+        return numbers
 
     def _learn(self, size: int, file: Any) -> None:
         file.seek(self._read)
         content = file.read(size - self._read)
-        self._add(np.frombuffer(content, "<i8").astype(np.int64).reshape(-1, 2))
+        self._add(np.frombuffer(content, "<i8").astype(np.int64).reshape(-1, 3))
 
-    def _add(self, keys: KeyArray) -> None:
-        self._known.add(keys, np.zeros(len(keys), np.int64))
-        self._read += _KEY_BYTES * len(keys)
+    def _add(self, records: npt.NDArray[np.int64]) -> None:
+        self._known.add(np.ascontiguousarray(records[:, :2]), records[:, 2].copy())
+        self._read += _RECORD_BYTES * len(records)
 
 
 def remove_leftovers(root: Path) -> None:

@@ -27,7 +27,17 @@ from quatcache.store.ragged import RaggedRows
 from quatcache.store.rows import Rows, row_shape_of
 from quatcache.store.safetensors_writer import DTYPES
 
-__all__ = ["RowKind", "ShardEntry", "is_shard_name", "judge_alone", "open_shard", "opened_shards", "write_shard"]
+__all__ = [
+    "RowKind",
+    "ShardEntry",
+    "as_tensors",
+    "is_shard_name",
+    "judge_alone",
+    "keys_and_rows",
+    "open_shard",
+    "opened_shards",
+    "write_shard",
+]
 
 _SHARD, _SEQUENCES = "shard", "sequences"  # what the metadata call rows of one shape, and those that are sequences
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # a name from a file must not become a path
@@ -112,12 +122,9 @@ def write_shard(
         StoreError: The directory cannot be written.
     """
     path = directory / f"shard-{secrets.token_hex(8)}.safetensors"
-    about = {"quatcache": _SHARD, "identity": identity, "given_dtype": _name(given_dtype)}
-    tensors = {"keys": torch.from_numpy(keys)}
-    if isinstance(rows, RaggedRows):
-        about["quatcache"], rows = _SEQUENCES, rows.packed()
-        tensors["offsets"] = rows.offsets
-    tensors["values"] = rows if isinstance(rows, torch.Tensor) else rows.values
+    kind = _SEQUENCES if isinstance(rows, RaggedRows) else _SHARD
+    about = {"quatcache": kind, "identity": identity, "given_dtype": _name(given_dtype)}
+    tensors = as_tensors(keys, rows)
     if repacked:
         about["repacked"] = "true"
     written = write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
@@ -156,7 +163,7 @@ def open_shard(
         raise FormatError(f"{path} belongs to encoder {about.get('identity')}; its rows are encoded again.")
     if verify_checksum and checksum(path) != entry.xxh3:
         raise FormatError(f"{path} does not match its checksum; its rows are encoded again.")
-    keys, rows = _keys_and_rows(path, tensors, about)
+    keys, rows = keys_and_rows(path, tensors, ragged=about.get("quatcache") == _SEQUENCES)
     if len(keys) != entry.rows:
         raise FormatError(f"{path} does not hold the {entry.rows} keys that its manifest counts; it is encoded again.")
     given, expected = about.get("given_dtype"), _name(kind.given_dtype)
@@ -216,7 +223,7 @@ def judge_alone(path: Path, identity: str) -> tuple[ShardEntry, RowKind]:
         raise FormatError(f"{path} belongs to encoder {about.get('identity')}; it is left out.")
     if recorded is None or content_digest(about, tensors) != recorded:
         raise FormatError(f"{path} does not match its own digest; its rows are encoded again.")
-    keys, rows = _keys_and_rows(path, tensors, about)
+    keys, rows = keys_and_rows(path, tensors, ragged=about["quatcache"] == _SEQUENCES)
     given_dtype = DTYPES.get(about.get("given_dtype", ""))
     if given_dtype is None or rows.dtype not in DTYPES.values():
         raise FormatError(f"{path} names no known dtype; its rows are encoded again.")
@@ -224,11 +231,29 @@ def judge_alone(path: Path, identity: str) -> tuple[ShardEntry, RowKind]:
     return entry, RowKind(row_shape_of(rows), rows.dtype, given_dtype)
 
 
-def _keys_and_rows(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> tuple[torch.Tensor, Rows]:
+def as_tensors(keys: KeyArray, rows: Rows) -> dict[str, torch.Tensor]:
+    """Give keys ``(n, 2)`` and n rows, or sequences, as the tensors of a shard."""
+    if isinstance(rows, torch.Tensor):
+        return {"keys": torch.from_numpy(keys), "values": rows}
+    packed = rows.packed()
+    return {"keys": torch.from_numpy(keys), "offsets": packed.offsets, "values": packed.values}
+
+
+def keys_and_rows(path: Path, tensors: Mapping[str, Any], *, ragged: bool) -> tuple[torch.Tensor, Rows]:
+    """Check the tensors of a shard before a row is used.
+
+    Args:
+        path: Of their file, for messages.
+        tensors: As :func:`as_tensors` gives them.
+        ragged: Whether the rows are sequences.
+
+    Raises:
+        FormatError: They are not what a shard holds.
+    """
     keys, rows = tensors.get("keys"), tensors.get("values")
     if keys is None or rows is None or keys.dtype != torch.int64 or keys.dim() != 2 or keys.shape[1] != 2:
         raise FormatError(f"{path} does not hold keys and values; its rows are encoded again.")
-    if about.get("quatcache") == _SEQUENCES:
+    if ragged:
         return keys, _sequences(path, rows, tensors.get("offsets"), len(keys))
     if not rows.dim() or len(rows) != len(keys):
         raise FormatError(f"{path} holds rows of shape {tuple(rows.shape)} for {len(keys)} keys; it is encoded again.")

@@ -36,6 +36,8 @@ ARRIVAL_SECONDS = 60.0
 
 SECONDS_BETWEEN_MESSAGES = 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
+PAUSES_IN_STEPS = (0.001, 0.02)
+"""What is waited for in a step is one encoder call away."""
 
 DONE = "done"
 
@@ -109,6 +111,24 @@ class Ranks:
         if self._remove is not None:
             self._remove()
 
+    def in_steps(self, directory: CacheDirectory | None) -> Together | None:
+        """Meet the other ranks for the time of a run, to share what is encoded in its steps; nobody is waited for.
+
+        Args:
+            directory: Where rows persist.
+
+        Returns:
+            The ranks, whose folder is to be left; None: there is no other, or no directory to meet in.
+        """
+        if self.size == 1 or directory is None:
+            return None
+        folder = RankFolder(directory.path, self._named("steps"), self.rank, self.size)
+        try:
+            folder.enter()
+        except StoreError:  # it may only be read: then no row is kept, either
+            return None
+        return Together(folder, self.time_func, self.sleep, PAUSES_IN_STEPS)
+
     def _named(self, what: str) -> str:
         return xxh3_128_hexdigest(f"{self.token} {what}".encode())
 
@@ -142,16 +162,24 @@ class Ranks:
 
 
 class Together:
-    """One fill, as one of several ranks sees it.
+    """One fill, or the steps of one run, as one of several ranks sees it.
 
     Args:
         folder: Where they leave files for each other.
         time_func: Clock in seconds.
         sleep: Waits for seconds.
+        pauses: The first and the longest pause between two looks, in seconds.
     """
 
-    def __init__(self, folder: RankFolder, time_func: Callable[[], float], sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        folder: RankFolder,
+        time_func: Callable[[], float],
+        sleep: Callable[[float], None],
+        pauses: tuple[float, float] = (FIRST_PAUSE, LONGEST_PAUSE),
+    ) -> None:
         """Begin now."""
+        self._pauses = pauses
         self.folder = folder
         self._time = time_func
         self._sleep = sleep
@@ -172,7 +200,7 @@ class Together:
         Returns:
             Whether it holds now; False: that rank is done, left or died, or never came.
         """
-        pause, told = FIRST_PAUSE, self._time()
+        (pause, longest), told = self._pauses, self._time()
         while True:
             waits = self._may_come(rank)
             if until():  # looked at last: what a rank does, it does before it leaves
@@ -191,7 +219,7 @@ class Together:
                 told = self._time()
                 logger.info("Rank %d waits for rank %d, which is at work on its share.", self.folder.rank, rank)
             self._sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, longest)
 
     def _may_come(self, rank: int) -> bool:
         if self.folder.came(rank):

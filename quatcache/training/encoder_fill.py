@@ -27,11 +27,15 @@ from quatcache.training.lightning import isolate_rng
 from quatcache.training.memory import refuse_to_swap
 from quatcache.training.placement import Placement
 from quatcache.training.report import EncoderReport
+from quatcache.training.shared_steps import SharedSteps
 from quatcache.units import readable_size
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["EncoderFill"]
+
+SHARED_SECONDS = 0.01
+"""What encoding the misses of a step must take for ranks to share it: sharing takes one or two milliseconds itself."""
 
 
 @dataclass
@@ -51,6 +55,7 @@ class EncoderFill:
         max_size: Budget in bytes for its rows; None: no limit.
         on_miss: What to do with an item whose row is not there while a model trains: ``"encode"`` or ``"error"``.
         persists: Whether its rows outlive the run, if they are on disk.
+        shared: Shares what is encoded in steps with other ranks; None: this process encodes whatever it lacks.
         declines: Whether no more rows are kept, though there may be room in the budget.
         fill_seconds: Time in the encoder for rows that were kept while a model trained.
         in_steps: Items that were encoded while a model trained.
@@ -75,6 +80,7 @@ class EncoderFill:
     declines: bool = False
     fill_seconds: float = 0.0
     persists: bool = True
+    shared: SharedSteps | None = None
     seconds: float = 0.0
     noted: tuple[int, float] = (0, 0.0)
     _next_look: float = 0.0
@@ -138,7 +144,7 @@ class EncoderFill:
         limit = 0 if self.declines else self.max_size
         if limit is None:
             return self.store
-        if self._budget is None or self._budget.max_size != limit:  # kept: finding the size of a row sorts all keys
+        if self._budget is None or self._budget.max_size != limit:  # kept: it knows the size of a row
             self._budget = BudgetStore(self.store, limit, self.dtype)
         return self._budget
 
@@ -150,6 +156,7 @@ class EncoderFill:
         """
         if not self.declines:
             self.declines = True
+            self._stop_sharing()
             logger.warning("%s Until then items of encoder %r are encoded each time they are met.", error, self.name)
 
     def _decline_if_short(self) -> None:
@@ -170,8 +177,12 @@ class EncoderFill:
             rows: Their row numbers as the store gives them now, N in all; None: they are looked up.
         """
         missing = self.store.missing(keys) if rows is None else np.flatnonzero(rows < 0)
+        return missing[self.affordable(keys[missing])]
+
+    def affordable(self, keys: KeyArray) -> Positions:
+        """Give the positions of the keys ``(N, 2)`` that are present, or whose rows fit into the budget."""
         kept = self._kept
-        return missing[kept.affordable(keys[missing])] if isinstance(kept, BudgetStore) else missing
+        return kept.affordable(keys) if isinstance(kept, BudgetStore) else np.arange(len(keys))
 
     def refuse_misses(self, name: str, numbers: npt.NDArray[np.int64]) -> None:
         """Refuse a budget that is too small, if a step must not encode what is beyond it.
@@ -198,7 +209,7 @@ class EncoderFill:
             refuse_to_swap(self.name, self.store)
         keys, items, kept = chunk.keys[self.scheme.row_column].reshape(-1, 2), chunk.items, self._kept
         if isinstance(kept, BudgetStore):
-            positions = kept.affordable(keys)
+            positions = self.affordable(keys)
             keys, items = keys[positions], [items[position] for position in positions.tolist()]
         calls = _Calls(self, items, batch_size, ahead=True)
         counts = fill_through(keys, calls.encode, kept, batches=calls.split)
@@ -208,7 +219,7 @@ class EncoderFill:
     def answer(self, chunk: Chunk, batch_size: int) -> Any:
         """Give the rows of a chunk, in the order of a batch: the first items of all samples before the second ones.
 
-        What the store lacks is encoded, and stored as far as the budget allows.
+        What the store lacks is encoded, unless another rank encodes it, and stored as far as the budget allows.
 
         Returns:
             ``(k * n, *row_shape)`` on the device of the store.
@@ -229,27 +240,33 @@ class EncoderFill:
             )
         if len(missing):
             self._decline_if_short()
-        encoded, before = 0, self.seconds
-        calls = _Calls(self, items, batch_size, ahead=False)  # a step has few: no thread in training
-
-        def compute(positions: Positions) -> Any:
-            nonlocal encoded
-            encoded += len(positions)
-            return calls.encode(positions)
-
+        before = self.seconds
+        calls = _StepCalls(self, items, batch_size, keys)
         with isolate_rng() if len(missing) else nullcontext():  # the step must draw what it draws without a cache
             try:
-                rows = read_through(keys, compute, self._kept, batches=calls.split, found=found)
+                rows = read_through(keys, calls.encode, self._kept, batches=calls.split, found=found)
             except StoreError as error:  # a full disk: what was committed is kept, and the rest stays in memory
                 self.decline(error)
-                rows = read_through(keys, compute, self._kept, batches=calls.split)
+                rows = read_through(keys, calls.encode, self._kept, batches=calls.split)
+            except BaseException:
+                self._stop_sharing()  # nobody may wait for what was claimed and not encoded
+                raise
+        encoded = calls.encoded
         self.counts += Counts(len(keys), len(keys) - len(missing), len(missing) - encoded, encoded)
         self.in_steps += encoded
         if encoded:
-            kept = len(self.store) - held
+            kept = min(len(self.store) - held, encoded)  # rows of other ranks may have come as well
             self.kept_in_steps += kept
             self.fill_seconds += (self.seconds - before) * kept / encoded
         return rows
+
+    def shares(self, items: int) -> bool:
+        """Say whether so many items take long enough that other ranks should not encode them as well."""
+        return self.shared is not None and (self.pace is None or self.pace * items >= SHARED_SECONDS)
+
+    def _stop_sharing(self) -> None:
+        if self.shared is not None:
+            self.shared.leave()
 
 
 class _Calls:
@@ -284,7 +301,7 @@ class _Calls:
             self._current, self._following = self._following, [items[place] for place in following.tolist()]
             yield positions[call]
 
-    def encode(self, positions: Positions) -> Any:
+    def encode(self, _positions: Positions) -> Any:
         """Encode the call that was split off last."""
         assert self._encoder is not None
         started = time.monotonic()
@@ -293,3 +310,40 @@ class _Calls:
             rows = as_rows(rows, None, self._fill.dtype).to(rows.dtype)
         self._fill.seconds += time.monotonic() - started
         return rows
+
+
+class _StepCalls(_Calls):
+    """The same for a step, in which other ranks may encode some of the items (with keys ``(N, 2)``) and hand on rows.
+
+    Attributes:
+        encoded: Items that were encoded here so far.
+    """
+
+    def __init__(self, fill: EncoderFill, items: Sequence[Any], batch_size: int, keys: KeyArray) -> None:
+        super().__init__(fill, items, batch_size, ahead=False)  # a step has few calls: no thread in training
+        self.encoded = 0
+        self._keys = keys
+        self._given: Any = None
+
+    def split(self, positions: Positions) -> Iterator[Positions]:
+        fill, keys = self._fill, self._keys[positions]
+        shared, self._given = fill.shared, None
+        turn = shared.claim(fill.store, keys, fill.affordable(keys)) if shared and fill.shares(len(keys)) else None
+        if shared is None or turn is None:
+            yield from super().split(positions)
+            return
+        if len(turn.own):
+            yield from super().split(positions[turn.own])
+        shared.hand_on(turn)  # before this rank waits for any other
+        for which, self._given in shared.rows_of_others(turn):
+            yield positions[which]
+        self._given = None
+        if len(turn.lost):
+            yield from super().split(positions[turn.lost])
+
+    def encode(self, positions: Positions) -> Any:
+        """Encode the call that was split off last, or give the rows that another rank has handed on."""
+        if self._given is not None:
+            return self._given
+        self.encoded += len(positions)
+        return super().encode(positions)

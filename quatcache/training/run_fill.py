@@ -21,6 +21,7 @@ from quatcache.training.meeting import MetSamples
 from quatcache.training.progress import FillProgress, fill_progress
 from quatcache.training.report import CacheReport
 from quatcache.training.run_encoders import RunEncoders
+from quatcache.training.shared_steps import SharedSteps
 from quatcache.training.sharing import SharedFill
 from quatcache.training.view_cost import tell_cost
 from quatcache.training.views import as_views
@@ -70,6 +71,8 @@ class RunFill:
         self._opened = RunEncoders(trainer, module, config, real, names, self.directory, check, bring_back)
         self.encoders: dict[str, EncoderFill] = self._opened.fills
         self._trainer = trainer
+        self._module = module
+        self._shared: SharedSteps | None = None
         self._config = config
         self._labels = config.decide_labels(names, real)
         self._read_sample = read_sample
@@ -122,7 +125,12 @@ class RunFill:
         Raises:
             StaleRowsError: Stored rows are not what an encoder gives now.
         """
-        self._met = True
+        if not self._met:
+            self._met = True
+            together = self._ranks.in_steps(self.directory)
+            self._shared = None if together is None else SharedSteps(together, self._module.device)
+            for encoder in self.encoders.values():
+                encoder.shared = self._shared
         self._plan(fills)
         self._verify(fills)
         for fill in fills.values():
@@ -195,6 +203,8 @@ class RunFill:
 
     def leave(self) -> None:
         """Let go of what the ranks of this run share for the time of it."""
+        if self._shared is not None:
+            self._shared.leave()
         self._ranks.close()
 
     def settle(self, met: MetSamples) -> None:

@@ -102,6 +102,15 @@ def test_what_is_no_part_counts_as_absent(folders, content):
     assert one.read("part-1") is None
 
 
+def test_a_file_that_is_not_needed_any_more_is_removed_once(folders):
+    one = folders(0)
+    one.enter()
+    one.write("step-0-1", {}, {})
+    one.remove("step-0-1")
+    assert not one.has("step-0-1")
+    one.remove("step-0-1")
+
+
 def test_a_file_of_another_version_counts_as_absent(folders, monkeypatch):
     one = folders(0)
     one.enter()
@@ -135,8 +144,15 @@ def test_who_claims_a_key_first_has_it(tmp_path):
     assert one.take(keys_of("e", "f")).tolist() == [1]
     assert one.take(keys_of("a")).tolist() == []
     assert other.take(keys_of()).tolist() == []
-    stored = np.frombuffer((tmp_path / "claims-x").read_bytes(), "<i8").reshape(-1, 2)
-    assert np.array_equal(stored, keys_of("a", "b", "c", "d", "e", "f"))
+    stored = np.frombuffer((tmp_path / "claims-x").read_bytes(), "<i8").reshape(-1, 3)
+    assert np.array_equal(stored[:, :2], keys_of("a", "b", "c", "d", "e", "f"))
+
+
+def test_a_claim_says_where_its_row_will_be(tmp_path):
+    one, other = Claims(tmp_path / "claims-x"), Claims(tmp_path / "claims-x")
+    assert one.deal(keys_of("a", "b"), 5).tolist() == [-1, -1]
+    assert other.deal(keys_of("c", "b"), 7 << 32 | 1).tolist() == [-1, 5]
+    assert one.deal(keys_of("b", "c", "d"), 9).tolist() == [5, 7 << 32 | 1, -1]
 
 
 def test_half_a_claim_of_a_rank_that_died_is_no_claim_and_shifts_no_other(tmp_path):
@@ -146,7 +162,7 @@ def test_half_a_claim_of_a_rank_that_died_is_no_claim_and_shifts_no_other(tmp_pa
         file.write(keys_of("b").tobytes()[:9])
     assert one.take(keys_of("b")).tolist() == [0]
     assert Claims(tmp_path / "claims-x").take(keys_of("a", "b", "c")).tolist() == [2]
-    assert (tmp_path / "claims-x").stat().st_size == 48
+    assert (tmp_path / "claims-x").stat().st_size == 72
 
 
 def test_claims_that_cannot_be_written_are_an_error(tmp_path):
@@ -159,6 +175,7 @@ def test_leftovers_of_processes_that_died_are_removed_and_nothing_else(tmp_path,
     dead = folders(0, size=3, token=OTHER)
     dead.enter()
     dead.write("plan", {}, {})
+    dead.write("step-0-4294967295", {}, {})
     dead.claims("f" * 32 + "-float16").take(keys_of("a"))
     (dead.path / ".tmp-abc").write_text("half a file")
     dead._lock.release()  # as the system does it when a process dies

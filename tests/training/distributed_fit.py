@@ -13,10 +13,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from quatcache import CacheConfig, SimilarityPairSample
 from quatcache.losses import MultipleNegativesRankingLoss
-from quatcache.training import distributed
+from quatcache.training import distributed, encoder_fill
 from tests.fits import Model, Texts, head_of, loader, texts, trainer
 from tests.training.killed_fit import LoggingEncoder, Messages, samples, small_commits
 
@@ -59,6 +60,16 @@ class Failing(Texts):
         return super().__getitem__(index)
 
 
+class Stream(IterableDataset):
+    """The samples of a dataset without an index."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter([self.samples[index] for index in range(len(self.samples))])
+
+
 def first_letters(item):
     return item[:3]
 
@@ -95,6 +106,9 @@ def fit_rank(
     said=None,
     survive=False,
     fill=None,
+    lazy=False,
+    stream=False,
+    shared_seconds=0.0,
     **commits,
 ):
     """Fit as one of several ranks.
@@ -118,11 +132,15 @@ def fit_rank(
         said: Called with each message for the user.
         survive: Return the message of an error.
         fill: Called instead of what sets up the ranks, for what a test breaks on purpose.
+        lazy: Whether rows are cached as batches meet them.
+        stream: Whether each rank reads all samples, one after the other.
+        shared_seconds: What the misses of a step must take at least to be shared.
         commits: See :func:`small_commits`.
     """
     if size > 1:
         be_rank(rank, size, port)
     small_commits(**commits)
+    encoder_fill.SHARED_SECONDS = shared_seconds
     if message_seconds is not None:
         distributed.SECONDS_BETWEEN_MESSAGES = message_seconds
     if fill is not None:
@@ -138,6 +156,7 @@ def fit_rank(
     encoder._log, encoder._happens = log, happens
     config = CacheConfig(
         save_dir=save_dir, batch_size=batch_size, labels=labels, key_extractors=extractor or {},
+        fill="lazy" if lazy else "eager",
     )  # fmt: skip
     pl.seed_everything(0, verbose=False)
     model = Model({"default": encoder}, config if cache else None)
@@ -146,7 +165,8 @@ def fit_rank(
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         settings = {"devices": size, "strategy": DDPStrategy(process_group_backend="gloo", **limit)}
     try:
-        trainer(**settings).fit(model, loader(train, shuffle=True, batch_size=32), loader(val, batch_size=32))
+        train = loader(Stream(train), batch_size=32) if stream else loader(train, shuffle=True, batch_size=32)
+        trainer(**settings).fit(model, train, loader(val, batch_size=32))
     except Exception as error:
         if not survive:
             raise
@@ -219,9 +239,10 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def fit_variant(rank, size, port, *, save_dir, log, count, variant, cache=True):
+def fit_variant(rank, size, port, *, save_dir, log, count, variant, cache=True, fill="eager"):
     """Fit other data, or with other settings, as one of several ranks."""
     chosen = VARIANTS[variant]
+    encoder_fill.SHARED_SECONDS = 0.0
     if size > 1:
         be_rank(rank, size, port)
     train = chosen.get("train", lambda count: Texts(texts(count, count * 3 // 4)))(count)
@@ -229,7 +250,7 @@ def fit_variant(rank, size, port, *, save_dir, log, count, variant, cache=True):
     encoders = chosen.get("encoders", lambda: {"default": LoggingEncoder()})()
     for encoder in encoders.values():
         encoder._log = (os.fspath(log), rank)
-    config = CacheConfig(save_dir=save_dir, batch_size=4, **chosen.get("config", {})) if cache else None
+    config = CacheConfig(save_dir=save_dir, batch_size=4, fill=fill, **chosen.get("config", {})) if cache else None
     pl.seed_everything(0, verbose=False)
     loss = chosen["loss"]() if "loss" in chosen else MultipleNegativesRankingLoss() if isinstance(train, list) else None
     model = Model(encoders, config, loss)
