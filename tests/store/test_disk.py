@@ -718,7 +718,7 @@ def test_error_while_several_shards_are_opened_is_raised_and_opens_no_more(tmp_p
     running = threading.active_count()
     with pytest.raises(StoreError, match="cannot read"):
         DiskStore(tmp_path, DIGEST)
-    assert threading.active_count() == running and len(begun) < 12
+    assert threading.active_count() <= running and len(begun) < 12
 
 
 def test_checksums_can_be_left_unread(tmp_path):
