@@ -109,7 +109,6 @@ def write(options: argparse.Namespace) -> Figures:
     plain = options.folder / "plain.safetensors"
     options.folder.mkdir(parents=True, exist_ok=True)
     os.sync()  # dirty pages of the one before must not be written in this one's time
-    torch.ones(2 * size, dtype=torch.uint8)  # a virtual machine is slow where memory is touched for the first time
     if options.contender == "store":
         store = open_store(options.folder)
         parts = [slice(start, start + options.batch) for start in range(0, options.rows, options.batch)]

@@ -28,7 +28,7 @@ class Sizes:
     Attributes:
         rows: Rows of the warm start, 384 float32 each.
         written: Rows of the write rate.
-        filled: Rows of two fills, whose memory is compared.
+        filled: Rows of two fills, whose memory is compared; each more than two shards, which are in memory at most.
         texts: Texts whose keys are hashed.
         weights: Bytes of the encoder whose identity is found.
         batch: Items of a batch, in a fill and in training.
@@ -38,7 +38,7 @@ class Sizes:
 
     rows: int = 1_000_000
     written: int = 500_000
-    filled: tuple[int, int] = (200_000, 800_000)
+    filled: tuple[int, int] = (400_000, 1_000_000)
     texts: int = 1_000_000
     weights: int = 100_000_000
     batch: int = 512
