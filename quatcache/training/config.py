@@ -66,8 +66,8 @@ class CacheConfig:
     Attributes:
         cache_type: Tier for the encoders that ``mapping`` does not name.
         mapping: Tier by encoder name.
-        batch_size: Upper bound of items per encoder call, in the fill and in steps that encode, at least 1; the batches of
-            training are not concerned.
+        batch_size: Upper bound of items per encoder call, in the fill and in steps that encode, at least 1; the batches
+            of training are not concerned.
         num_workers: Processes that read the datasets and extract keys in the fill; None or 0: this process alone.
         save_dir: Directory in which caches persist from run to run; None: in memory, for one run.
         key_extractors: One function for all encoders, or one by encoder name, from an item to a str, bytes, int,
