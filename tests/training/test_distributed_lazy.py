@@ -104,6 +104,11 @@ def test_a_rank_whose_disk_is_full_goes_on_alone_and_so_does_the_other(victim, r
     assert results[1 - victim]["encoded"]
 
 
+def only_on(victim, what):
+    """Settings for each rank: something happens on one of them."""
+    return lambda rank: {"happens": what} if rank == victim else {}
+
+
 def die(call, at):
     if call == at:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -117,10 +122,7 @@ def fail(call, at):
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_nobody_waits_for_a_rank_that_was_killed_between_its_claim_and_its_rows(victim, stream, runs):
-    def settings(rank):
-        return {"happens": partial(die, at=3)} if rank == victim else {}
-
-    jobs = runs.start(2, settings, lazy=True, stream=stream, survive=True)
+    jobs = runs.start(2, only_on(victim, partial(die, at=3)), lazy=True, stream=stream, survive=True)
     assert jobs[victim].status() == -signal.SIGKILL
     jobs[1 - victim].result()  # its training fails for want of the other: it ends
     last = logged(runs.log, ENCODED)[victim][-8:]
@@ -134,10 +136,7 @@ def test_nobody_waits_for_a_rank_that_was_killed_between_its_claim_and_its_rows(
 @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_encoder_that_raises_on_one_rank_ends_both_with_an_error(victim, stream, runs):
-    def settings(rank):
-        return {"happens": partial(fail, at=3)} if rank == victim else {}
-
-    results = runs.run(2, settings, lazy=True, stream=stream, survive=True)
+    results = runs.run(2, only_on(victim, partial(fail, at=3)), lazy=True, stream=stream, survive=True)
     assert "out of memory" in results[victim]["error"]
-    assert "error" in results[1 - victim]
+    assert results[1 - victim].get("error")
     assert runs.left_behind() == []
