@@ -133,6 +133,7 @@ def write(options: argparse.Namespace) -> Figures:
 
 def _write_store(keys: KeyArray, rows: torch.Tensor, options: argparse.Namespace, folder: Path) -> None:
     store = open_store(folder)
+    store.directory.mkdir(parents=True)  # a fill has it: its lock lies there
     for start in range(0, len(rows), options.batch):
         store.put_many(keys[start : start + options.batch], rows[start : start + options.batch])
     store.flush()

@@ -14,7 +14,7 @@ import torch
 from quatcache.errors import EncoderOutputError
 from quatcache.sequences import PaddedSequences
 from quatcache.store.protocol import Values
-from quatcache.store.transfer import take_to
+from quatcache.store.transfer import empty_rows, take_to
 
 __all__ = ["RowBuffer", "as_rows"]
 
@@ -173,7 +173,7 @@ class RowBuffer:
             return
         capacity = max(needed, self._capacity if self._rows is None else 2 * held)
         with torch.inference_mode(False):  # rows made in inference mode could not be written outside it
-            grown = torch.empty((capacity, *like.shape[1:]), dtype=like.dtype, device=self.device)
+            grown = empty_rows((capacity, *like.shape[1:]), like.dtype, self.device)
         if self._rows is not None:
             grown[: self._used] = self._rows[: self._used]
         self._rows = grown

@@ -7,7 +7,7 @@ in the order in which they were put, and at most two shards' worth of them is in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,10 +19,12 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, distinct
+from quatcache.store.draft import ShardDraft
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
+from quatcache.store.pending import PendingShard
 from quatcache.store.recovery import sure_manifest
-from quatcache.store.rows import Buffer, Rows, row_shape_of
+from quatcache.store.rows import Rows, row_shape_of
 from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
 
 __all__ = ["Commit", "Committed", "disappeared", "in_background", "latest", "write_commit"]
@@ -51,14 +53,12 @@ class Commit:
     """Rows that are being written.
 
     Attributes:
-        buffer: Holds them until they are.
-        keys: Their keys, as they were put.
+        shard: Holds them until they are.
         count: How many they are.
         outcome: What comes of it.
     """
 
-    buffer: Buffer
-    keys: list[KeyArray]
+    shard: PendingShard
     count: int
     outcome: Future[Committed]
 
@@ -79,19 +79,15 @@ def in_background(work: Callable[[], Result]) -> Future[Result]:
         executor.shutdown(wait=False)
 
 
-def latest(parts: Sequence[KeyArray], buffer: Buffer) -> tuple[KeyArray, Rows, RowKind]:
-    """Say what is to be written of rows that were put: of a key that was put again, its last row.
-
-    Args:
-        parts: Their keys, as they were put; at least one.
-        buffer: Has the rows, and perhaps one more batch if Ctrl-C came before its keys were noted.
+def latest(shard: PendingShard) -> tuple[KeyArray, Rows, RowKind]:
+    """Say what is to be written of rows that were put, at least one: of a key that was put again, its last row.
 
     Returns:
         Distinct keys ``(n, 2)``, n rows, and what they are like.
     """
-    keys, given_dtype = np.concatenate(parts), buffer.given_dtype
+    keys, given_dtype = np.concatenate(shard.keys), shard.buffer.given_dtype
     assert given_dtype is not None
-    rows: Rows = buffer.rows[: len(keys)]
+    rows: Rows = shard.buffer.rows[: len(keys)]
     first = np.sort(keys[:, 0])
     if (first[1:] == first[:-1]).any():
         last = np.sort(len(keys) - 1 - distinct(keys[::-1])[0])
@@ -107,6 +103,7 @@ def write_commit(
     keys: KeyArray,
     rows: Rows,
     kind: RowKind,
+    draft: ShardDraft,
 ) -> Committed:
     """Write a shard, and then a manifest with it.
 
@@ -118,6 +115,7 @@ def write_commit(
         keys: Distinct keys ``(n, 2)``.
         rows: n rows in the storage dtype.
         kind: What they are like.
+        draft: The file of the shard, as far as it is written.
 
     Raises:
         FormatError: The directory has rows of another kind.
@@ -129,9 +127,14 @@ def write_commit(
         current = current.without(refused)
         if current.shards and environment not in (current.environment, *current.verified):
             current = replace(current, environment={}, verified=())  # rows of several environments lie here now
-        entry = write_shard(directory, expected.digest, keys, rows, kind.given_dtype)
-        manifest = current.with_shard(entry, kind)
-        manifest.write(directory)
+        try:
+            entry = write_shard(directory, expected.digest, keys, rows, kind.given_dtype, draft=draft)
+            manifest = current.with_shard(entry, kind)
+            manifest.write(directory)
+        except StoreError as error:
+            if directory.is_dir():
+                raise
+            raise disappeared(directory) from error
     try:
         _, mapped, _ = open_shard(directory, entry, expected.digest, kind, verify_checksum=False)
     except FormatError as error:

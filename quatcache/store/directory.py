@@ -30,11 +30,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.store.disk import DiskStore
-from quatcache.store.files import FILL_LOCK, TEMPORARY
+from quatcache.store.files import FILL_LOCK
 from quatcache.store.known import MODELS, KnownModels
 from quatcache.store.manifest import Manifest
 from quatcache.store.parts import FILLING, remove_leftovers
 from quatcache.store.tables import DatasetTable, read_tables, write_table
+from quatcache.store.unfinished import TEMPORARY
 
 __all__ = ["CacheDirectory", "environment"]
 

@@ -11,7 +11,6 @@ through the rows not yet committed, so they stay valid when those are committed 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,16 +24,16 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.buffer import RowBuffer
 from quatcache.store.commits import Commit, disappeared, in_background, latest, write_commit
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
+from quatcache.store.pending import PendingShard
 from quatcache.store.placed import PlacedRows
 from quatcache.store.protocol import Found, Positions, RowShape, Values
 from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
-from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, new_buffer, room_for, row_shape_of
-from quatcache.store.shards import ShardEntry, opened_shards
+from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, room_for, row_shape_of
+from quatcache.store.shards import ShardEntry, new_shard_path, opened_shards
 from quatcache.store.tensor import TensorStore
 
 __all__ = ["LAST_USED", "DiskStore"]
@@ -108,14 +107,16 @@ class DiskStore:
         self._placed = PlacedRows()  # of the shards in row order, memory-mapped unless told otherwise
         self._opened: set[str] = set()
         self._refused: set[str] = set()  # damaged shards: their rows are absent, their entries go at the next commit
-        self._pending: Buffer = RowBuffer(dtype=dtype)
-        self._pending_keys: list[KeyArray] = []
         self._spare: Buffer | None = None  # memory of the commit before, for the rows after the next one
+        self._pending = self._new_pending()
         self._writing: Commit | None = None  # its rows are the last of the shards meanwhile
         self._last_commit = self._time()
         self.before_commit: Callable[[], None] = lambda: None
         self._distrusted = False
         self.refresh()
+
+    def _new_pending(self) -> PendingShard:
+        return PendingShard(new_shard_path(self.directory), self._shard_bytes, self._dtype, self._spare)
 
     def __len__(self) -> int:
         """Count the stored keys, committed or not."""
@@ -131,30 +132,27 @@ class DiskStore:
     @property
     def _newest(self) -> Buffer:
         """Rows that no manifest knows of, if there are any."""
-        return self._pending if self._writing is None else self._writing.buffer
+        return (self._pending if self._writing is None else self._writing.shard).buffer
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, committed or not."""
-        return self._placed.nbytes + self._pending.nbytes
+        return self._placed.nbytes + self._pending.buffer.nbytes
 
     @property
     def pending(self) -> int:
         """Count the rows that are not committed."""
-        writing = 0 if self._writing is None else self._writing.count
-        return writing + (len(self._pending) if self._pending_keys else 0)
+        return len(self._pending) + (0 if self._writing is None else self._writing.count)
 
     @property
     def numbered(self) -> int:
         """Count the row numbers that were given out."""
-        return self._placed.count + len(self._pending)
+        return self._placed.count + len(self._pending.buffer)
 
     @property
     def given_dtype(self) -> torch.dtype | None:
         """The dtype that look-ups return."""
-        return (
-            self.manifest.given_dtype or (self._pending if self._writing is None else self._writing.buffer).given_dtype
-        )
+        return self.manifest.given_dtype or self._newest.given_dtype
 
     def refresh(self) -> bool:
         """Take in shards that other processes committed since the store was opened.
@@ -211,8 +209,7 @@ class DiskStore:
         Returns:
             A new tensor ``(B, *row_shape)``, or new :class:`~quatcache.sequences.PaddedSequences`.
         """
-        pending = self._pending.rows if self._pending_keys else None
-        return self._placed.read(rows.cpu(), self.given_dtype, device, pending)
+        return self._placed.read(rows.cpu(), self.given_dtype, device, self._pending.rows)
 
     def touch(self, rows: torch.Tensor) -> None:
         """Bring the pages of rows ``(B,)`` into memory; a thread may do it beside one that puts and gathers rows."""
@@ -243,18 +240,12 @@ class DiskStore:
                 f"{self.directory} holds rows of shape {held[0]} and {held[1]}, the encoder gave shape {given[0]} and "
                 f"{given[1]}; delete that directory to have it filled again."
             )
-        if self._pending.row_shape is None:
-            row_bytes = math.prod(size or 1 for size in given[0]) * (self._dtype or values.dtype).itemsize
-            capacity = self._shard_bytes // max(row_bytes, 1) + len(keys)
-            self._pending = new_buffer(values, "cpu", self._dtype, capacity)
-        if not self._pending_keys:
+        rows = self._pending.checked(values)
+        if not self._pending.keys:
             self._last_commit = self._time()
-        rows: Any = self._pending.checked(values.cpu())
         self._index.add(keys, self.numbered + np.arange(len(keys)))
-        self._pending.append(rows)
-        self._pending_keys.append(keys)
-        due = self._time() - self._last_commit >= self._commit_seconds
-        if due or self._pending.nbytes >= self._shard_bytes:
+        self._pending.append(keys, rows)
+        if self._pending.is_full or self._time() - self._last_commit >= self._commit_seconds:
             self._commit()
         elif self._writing is not None and self._writing.outcome.done():  # an error is told soon
             self.settle()
@@ -269,30 +260,31 @@ class DiskStore:
             self.settle()  # what failed in the background is tried again
         self._commit()
         self.settle()
-        self._pending, self._spare = RowBuffer(dtype=self._dtype), None  # no memory is needed until more is put
+        self._spare = None  # no memory is needed until more is put
+        self._pending = self._new_pending()
 
     def _commit(self) -> None:
         """Have what was put written, once what was put before it is."""
         self.settle()
-        if not self._pending_keys or self._distrusted:
+        if not self._pending.keys or self._distrusted:
             return
         try:
             self.before_commit()
         except BaseException:
             self._distrusted = True
+            self._pending.draft.discard()
             raise
         if self._placed.count and not self.directory.is_dir():
             raise disappeared(self.directory)
-        buffer, parts = self._pending, self._pending_keys
-        keys, rows, kind = latest(parts, buffer)
-        refused = frozenset(self._refused)
-        work = partial(write_commit, self.directory, self.manifest, self._environment, refused, keys, rows, kind)
-        count = sum(map(len, parts))
-        placed = self._placed.with_part(buffer.rows[:count])
-        pending = RowBuffer(dtype=self._dtype) if self._spare is None else self._spare
-        commit = Commit(buffer, parts, count, in_background(work))
+        shard, refused = self._pending, frozenset(self._refused)
+        keys, rows, kind = latest(shard)
+        about = (self.directory, self.manifest, self._environment, refused)
+        work = partial(write_commit, *about, keys, rows, kind, shard.draft)
+        placed = self._placed.with_part(shard.buffer.rows[: len(shard)])
+        pending = self._new_pending()
+        commit = Commit(shard, len(shard), in_background(work))
         # nothing is called in between, so that Ctrl-C comes before or after all of it
-        self._placed, self._writing, self._pending, self._pending_keys, self._spare = placed, commit, pending, [], None
+        self._placed, self._writing, self._pending, self._spare = placed, commit, pending, None
 
     def settle(self) -> None:
         """Wait for the commit that is on its way, if one is, and read its rows from their file from then on.
@@ -313,18 +305,16 @@ class DiskStore:
         self._opened.add(done.entry.file)
         # a row that was put again is not in the file, but its number was given out
         whole = len(done.rows) == commit.count
-        self._placed.parts[-1] = done.rows if whole else commit.buffer.rows[: commit.count].clone()
-        commit.buffer.clear()
-        self._spare = commit.buffer
+        self._placed.parts[-1] = done.rows if whole else commit.shard.buffer.rows[: commit.count].clone()
+        commit.shard.buffer.clear()
+        self._spare = commit.shard.buffer
 
     def _take_back(self, commit: Commit) -> None:
         """Put the rows of a commit that failed before those that were put since: numbers stay."""
         self._writing = None
         self._placed.take_back()
-        if self._pending_keys:
-            rows: Any = self._pending.rows
-            commit.buffer.append(rows)
-        self._pending, self._pending_keys = commit.buffer, commit.keys + self._pending_keys
+        commit.shard.append_all(self._pending)
+        self._pending = commit.shard
 
     def compact(self) -> None:
         """Pack runs of small shards into big ones; rows and their numbers stay.
@@ -379,7 +369,7 @@ class DiskStore:
         if not self._placed.parts:
             return TensorStore(device, self._dtype)
         shards = self._placed.parts
-        rows = room_for(shards, self.manifest.dtype, device)
+        rows = room_for(shards, device)
         for place, (start, shard) in enumerate(zip(self._placed.starts, shards, strict=True)):
             part = rows[start : start + len(shard)]
             copy_rows(shard, part)

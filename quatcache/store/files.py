@@ -1,20 +1,17 @@
 """Files that are either wholly there or not there at all, and memory maps of them.
 
-Written under a temporary name in the same directory, flushed to the device, renamed, and the directory flushed after
-it: a power cut leaves the old state or the new one. What is read back was checked for size and checksum first,
-because a memory map of a truncated file kills the interpreter when it is touched.
+What is read back was checked for size and checksum first, because a memory map of a truncated file kills the
+interpreter when it is touched.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -23,17 +20,16 @@ from safetensors.torch import load
 from xxhash import xxh3_128
 
 from quatcache.errors import DamagedFileError, FormatError, StoreError
-from quatcache.store.safetensors_writer import tensor_bytes, write_safetensors
+from quatcache.store.safetensors_writer import Written, tensor_bytes, write_safetensors
+from quatcache.store.unfinished import UnfinishedFile
 
 __all__ = [
     "FILL_LOCK",
     "MANIFEST_LOCK",
-    "TEMPORARY",
-    "Written",
     "checksum",
     "content_digest",
-    "is_temporary",
     "locked",
+    "make_directory",
     "open_tensors",
     "read_json",
     "read_tensors",
@@ -44,36 +40,31 @@ __all__ = [
 MANIFEST_LOCK = ".manifest.lock"
 FILL_LOCK = ".fill.lock"
 
-TEMPORARY = ".tmp-"
-
 Result = TypeVar("Result")
 
 
-def is_temporary(name: str) -> bool:
-    """Say whether a file name is that of a file being written, or left behind by a process that died."""
-    return name.startswith(TEMPORARY)
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, if it is not there.
+
+    Raises:
+        StoreError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot make {path}: {_reason(error)}; permit writing there, or move what is there."
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically, into a directory that is there.
 
     Raises:
         StoreError: The file cannot be written.
     """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     _replace(path, lambda file: file.write(text.encode() + b"\n"))
-
-
-class Written(NamedTuple):
-    """A file that was written.
-
-    Attributes:
-        bytes: Its size.
-        xxh3: What :func:`checksum` gives for it if it holds what it should.
-    """
-
-    bytes: int
-    xxh3: str
 
 
 def write_tensors(
@@ -86,7 +77,7 @@ def write_tensors(
     """Write a safetensors file atomically.
 
     Args:
-        path: Where; the directory is made if need be.
+        path: Where; the directory is there.
         tensors: Tensors on any device; they need not be contiguous, and may share memory.
         metadata: Strings for the header.
         durable: Flush it to the device; false: for what nobody reads after a power cut.
@@ -96,45 +87,25 @@ def write_tensors(
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def write(file: BinaryIO) -> Written:
-        digest = write_safetensors(file, plain, metadata or {})
-        return Written(file.tell(), digest)
-
-    return _replace(path, write, durable=durable)
+    return _replace(path, lambda file: write_safetensors(file, plain, metadata or {}), durable=durable)
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Result], *, durable: bool = True) -> Result:
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+def _replace(path: Path, write: Callable[[UnfinishedFile], Result], *, durable: bool = True) -> Result:
+    unfinished = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            result = write(file)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if durable:
-            _flush_directory(path.parent)
+        unfinished = UnfinishedFile(path)
+        result = write(unfinished)
+        unfinished.publish(durable=durable)
         return result
     except BaseException as error:
-        with suppress(OSError):  # a read-only file system refuses even to unlink what does not exist
-            temporary.unlink()
+        if unfinished is not None:
+            unfinished.discard()
         if not isinstance(error, OSError):
             raise
         raise StoreError(
             f"cannot write {path}: {_reason(error)}; free space or permit writing there, and run again: "
             "what was committed before is kept."
         ) from error
-
-
-def _flush_directory(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a directory
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -19,12 +19,13 @@ from pathlib import Path
 from quatcache.errors import DamagedFileError, FormatError, StoreError
 from quatcache.store.directory import CacheDirectory
 from quatcache.store.disk import LAST_USED
-from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary
+from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK
 from quatcache.store.known import MODELS, is_note_name, read_note
 from quatcache.store.manifest import MANIFEST_NAME, Manifest
 from quatcache.store.shards import ShardEntry, is_shard_name, judge_alone, open_shard
 from quatcache.store.summaries import CacheSummary, Finding, StoreSummary, Stray, TableSummary
 from quatcache.store.tables import is_table_name, read_table
+from quatcache.store.unfinished import is_temporary
 
 __all__ = ["Check", "check_cache", "inspect_cache", "inspect_store"]
 

@@ -27,8 +27,9 @@ from filelock import FileLock, Timeout
 
 from quatcache.errors import DamagedFileError, FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.files import content_digest, is_temporary, locked, open_tensors, write_tensors
+from quatcache.store.files import content_digest, locked, open_tensors, write_tensors
 from quatcache.store.protocol import Positions
+from quatcache.store.unfinished import is_temporary
 
 __all__ = ["FILLING", "Claims", "RankFolder", "remove_leftovers"]
 

@@ -22,11 +22,12 @@ from filelock import FileLock, Timeout
 
 from quatcache.errors import ConfigError, StoreError
 from quatcache.store.disk import LAST_USED
-from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary, locked
+from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, locked
 from quatcache.store.inspection import inspect_store
 from quatcache.store.manifest import MANIFEST_NAME
 from quatcache.store.shards import is_shard_name
 from quatcache.store.summaries import CacheSummary, StoreSummary, Stray, TableSummary
+from quatcache.store.unfinished import is_temporary
 
 __all__ = ["Outcome", "PrunePlan", "Removal", "choose", "is_young", "remove"]
 

@@ -17,7 +17,7 @@ from quatcache.sequences import PaddedSequences
 from quatcache.store.buffer import RowBuffer
 from quatcache.store.protocol import Found, RowShape, Values
 from quatcache.store.ragged import RaggedBuffer, RaggedRows, offsets_of
-from quatcache.store.transfer import take_to
+from quatcache.store.transfer import empty_rows, take_to
 
 __all__ = [
     "Buffer",
@@ -149,13 +149,13 @@ def assemble(size: int, parts: Sequence[Found], dtype: torch.dtype | None, devic
     return gather(together, order.to(device), dtype)
 
 
-def room_for(parts: Sequence[Rows], dtype: torch.dtype | None, device: torch.device | str) -> Rows:
+def room_for(parts: Sequence[Rows], device: torch.device | str) -> Rows:
     """Take memory for rows of several parts together; :func:`copy_rows` fills slices of it."""
     first = parts[0]
     if isinstance(first, torch.Tensor):
-        return torch.empty((sum(map(len, parts)), *first.shape[1:]), dtype=dtype, device=device)
+        return empty_rows((sum(map(len, parts)), *first.shape[1:]), first.dtype, device)
     offsets = offsets_of(torch.cat([part.lengths for part in parts if isinstance(part, RaggedRows)]))
-    elements = torch.empty((int(offsets[-1]), *first.values.shape[1:]), dtype=dtype, device=device)
+    elements = empty_rows((int(offsets[-1]), *first.values.shape[1:]), first.dtype, device)
     return RaggedRows.between(elements, offsets.to(device))
 
 

@@ -21,6 +21,7 @@ import torch
 
 from quatcache.errors import FormatError
 from quatcache.keys import KeyArray
+from quatcache.store.draft import ShardDraft
 from quatcache.store.files import checksum, content_digest, open_tensors, read_tensors, write_tensors
 from quatcache.store.protocol import RowShape
 from quatcache.store.ragged import RaggedRows
@@ -34,6 +35,7 @@ __all__ = [
     "is_shard_name",
     "judge_alone",
     "keys_and_rows",
+    "new_shard_path",
     "open_shard",
     "opened_shards",
     "write_shard",
@@ -51,6 +53,11 @@ def is_shard_name(name: object) -> bool:
         (True, False)
     """
     return isinstance(name, str) and _SHARD_NAME.fullmatch(name) is not None
+
+
+def new_shard_path(directory: Path) -> Path:
+    """Name a shard that nobody has written yet."""
+    return directory / f"shard-{secrets.token_hex(8)}.safetensors"
 
 
 AT_ONCE = 4
@@ -107,6 +114,7 @@ def write_shard(
     given_dtype: torch.dtype,
     *,
     repacked: bool = False,
+    draft: ShardDraft | None = None,
 ) -> ShardEntry:
     """Write one shard; it counts once a manifest names it.
 
@@ -117,17 +125,21 @@ def write_shard(
         rows: Rows ``(n, *row_shape)``, or sequences, in the storage dtype.
         given_dtype: Dtype that look-ups return.
         repacked: Whether the rows come from other shards, which this one takes the place of.
+        draft: A file in which the first of these rows may lie; it is finished, or discarded.
 
     Raises:
         StoreError: The directory cannot be written.
     """
-    path = directory / f"shard-{secrets.token_hex(8)}.safetensors"
     kind = _SEQUENCES if isinstance(rows, RaggedRows) else _SHARD
     about = {"quatcache": kind, "identity": identity, "given_dtype": _name(given_dtype)}
     tensors = as_tensors(keys, rows)
     if repacked:
         about["repacked"] = "true"
-    written = write_tensors(path, tensors, {**about, "xxh3": content_digest(about, tensors)})
+    about["xxh3"] = content_digest(about, tensors)
+    path = new_shard_path(directory) if draft is None else draft.path
+    written = None if draft is None else draft.finish(tensors, about)
+    if written is None:
+        written = write_tensors(path, tensors, about)
     return ShardEntry(path.name, len(keys), written.bytes, written.xxh3, _longest(rows))
 
 

@@ -20,7 +20,7 @@ import torch
 
 from quatcache.errors import DamagedFileError, FormatError, StoreError
 from quatcache.keys import KeyArray
-from quatcache.store.files import content_digest, open_tensors, write_tensors
+from quatcache.store.files import content_digest, make_directory, open_tensors, write_tensors
 
 __all__ = ["DatasetTable", "is_table_name", "read_table", "read_tables", "write_table"]
 
@@ -79,6 +79,7 @@ def write_table(directory: Path, table: DatasetTable) -> Path:
     try:
         read_table(path)
     except (FormatError, StoreError):  # not there, or damaged since
+        make_directory(path.parent)
         write_tensors(path, tensors, {"quatcache": json.dumps(about, sort_keys=True)})
     return path
 

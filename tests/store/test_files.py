@@ -18,7 +18,7 @@ from quatcache.store.safetensors_writer import DTYPES, tensor_bytes
 
 
 def test_tensors_and_metadata_come_back(tmp_path):
-    path = tmp_path / "new" / "folder" / "x.safetensors"
+    path = tmp_path / "x.safetensors"
     tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
     tensors |= {"turned": torch.arange(6.0).reshape(2, 3).t(), "empty": torch.empty(0, 3), "single": torch.tensor(2.0)}
     write_tensors(path, tensors, {"note": "ü"})

@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK, is_temporary
+from quatcache.store.files import FILL_LOCK, MANIFEST_LOCK
+from quatcache.store.unfinished import is_temporary
 from tests.committed import made_elsewhere, only_store, texts_by_key
 from tests.processes import Job, linux_only, run
 from tests.training.killed_fit import (
