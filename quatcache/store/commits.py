@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from quatcache.store.recovery import sure_manifest
 from quatcache.store.rows import Rows, row_shape_of
 from quatcache.store.shards import RowKind, ShardEntry, open_shard, write_shard
 
-__all__ = ["Commit", "Committed", "disappeared", "in_background", "latest", "write_commit"]
+__all__ = ["Commit", "Committed", "begin_commit", "disappeared"]
 
 Result = TypeVar("Result")
 
@@ -77,6 +78,15 @@ def in_background(work: Callable[[], Result]) -> Future[Result]:
         return outcome
     finally:
         executor.shutdown(wait=False)
+
+
+def begin_commit(
+    directory: Path, expected: Manifest, environment: Mapping[str, str], refused: frozenset[str], shard: PendingShard
+) -> Commit:
+    """Have rows written that were put, at least one; arguments and errors are those of :func:`write_commit`."""
+    keys, rows, kind = latest(shard)
+    work = partial(write_commit, directory, expected, environment, refused, keys, rows, kind, shard.draft)
+    return Commit(shard, len(shard), in_background(work))
 
 
 def latest(shard: PendingShard) -> tuple[KeyArray, Rows, RowKind]:

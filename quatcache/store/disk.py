@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ import torch
 
 from quatcache.errors import FormatError, StoreError
 from quatcache.keys import KeyArray, KeyIndex
-from quatcache.store.commits import Commit, disappeared, in_background, latest, write_commit
+from quatcache.store.commits import Commit, begin_commit, disappeared
 from quatcache.store.compaction import pack
 from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
 from quatcache.store.pending import PendingShard
 from quatcache.store.placed import PlacedRows
 from quatcache.store.protocol import Found, Positions, RowShape, Values
-from quatcache.store.recovery import mended_manifest, read_manifest, sure_manifest
-from quatcache.store.rows import Buffer, Rows, assemble, copy_rows, room_for, row_shape_of
+from quatcache.store.recovery import change_manifest, mended_manifest, read_manifest, sure_manifest
+from quatcache.store.rows import Buffer, Rows, assemble, row_shape_of
 from quatcache.store.shards import ShardEntry, new_shard_path, opened_shards
 from quatcache.store.tensor import TensorStore
 
@@ -100,8 +99,7 @@ class DiskStore:
         self._dtype = dtype
         self._shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
         self._commit_seconds = COMMIT_SECONDS if commit_seconds is None else commit_seconds
-        self._verify_checksums = verify_checksums
-        self._memory_map = memory_map
+        self._reading = {"verify_checksum": verify_checksums, "memory_map": memory_map}
         self._time = time_func
         self._index = KeyIndex()
         self._placed = PlacedRows()  # of the shards in row order, memory-mapped unless told otherwise
@@ -110,13 +108,13 @@ class DiskStore:
         self._spare: Buffer | None = None  # memory of the commit before, for the rows after the next one
         self._pending = self._new_pending()
         self._writing: Commit | None = None  # its rows are the last of the shards meanwhile
-        self._last_commit = self._time()
         self.before_commit: Callable[[], None] = lambda: None
         self._distrusted = False
         self.refresh()
 
-    def _new_pending(self) -> PendingShard:
-        return PendingShard(new_shard_path(self.directory), self._shard_bytes, self._dtype, self._spare)
+    def _new_pending(self, buffer: Buffer | None = None) -> PendingShard:
+        path = new_shard_path(self.directory)
+        return PendingShard(path, self._shard_bytes, self._dtype, buffer, time_func=self._time)
 
     def __len__(self) -> int:
         """Count the stored keys, committed or not."""
@@ -125,9 +123,8 @@ class DiskStore:
     @property
     def row_shape(self) -> RowShape | None:
         """Shape of one row; None while nothing was stored."""
-        if self.manifest.row_shape is not None:  # () is a shape too
-            return self.manifest.row_shape
-        return self._newest.row_shape
+        known = self.manifest.row_shape
+        return self._newest.row_shape if known is None else known  # () is a shape too
 
     @property
     def _newest(self) -> Buffer:
@@ -170,8 +167,7 @@ class DiskStore:
         before = len(self._opened)
         self.manifest = manifest
         unknown = [entry for entry in manifest.shards if entry.file not in self._opened | self._refused]
-        checks = {"verify_checksum": self._verify_checksums, "memory_map": self._memory_map}
-        with opened_shards(self.directory, unknown, manifest.digest, manifest.kind, **checks) as shards:
+        with opened_shards(self.directory, unknown, manifest.digest, manifest.kind, **self._reading) as shards:
             for entry, shard in shards:
                 try:
                     self._take_in(entry, *shard())
@@ -189,11 +185,8 @@ class DiskStore:
             fresh = self._index.find(keys) < 0
             keys, rows = (keys, rows) if fresh.all() else (keys[fresh], rows[torch.from_numpy(fresh)])
         if len(keys):
-            self._attach(keys, rows)
-
-    def _attach(self, keys: KeyArray, rows: Rows) -> None:
-        self._index.add(keys, self._placed.count + np.arange(len(keys)))
-        self._placed.add(rows)
+            self._index.add(keys, self._placed.count + np.arange(len(keys)))
+            self._placed.add(rows)
 
     def rows_of(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Give the row number of each key, -1 where it is absent."""
@@ -241,11 +234,9 @@ class DiskStore:
                 f"{given[1]}; delete that directory to have it filled again."
             )
         rows = self._pending.checked(values)
-        if not self._pending.keys:
-            self._last_commit = self._time()
         self._index.add(keys, self.numbered + np.arange(len(keys)))
         self._pending.append(keys, rows)
-        if self._pending.is_full or self._time() - self._last_commit >= self._commit_seconds:
+        if self._pending.is_full or self._pending.seconds >= self._commit_seconds:
             self._commit()
         elif self._writing is not None and self._writing.outcome.done():  # an error is told soon
             self.settle()
@@ -260,8 +251,7 @@ class DiskStore:
             self.settle()  # what failed in the background is tried again
         self._commit()
         self.settle()
-        self._spare = None  # no memory is needed until more is put
-        self._pending = self._new_pending()
+        self._spare, self._pending = None, self._new_pending()  # no memory is needed until more is put
 
     def _commit(self) -> None:
         """Have what was put written, once what was put before it is."""
@@ -276,13 +266,9 @@ class DiskStore:
             raise
         if self._placed.count and not self.directory.is_dir():
             raise disappeared(self.directory)
-        shard, refused = self._pending, frozenset(self._refused)
-        keys, rows, kind = latest(shard)
-        about = (self.directory, self.manifest, self._environment, refused)
-        work = partial(write_commit, *about, keys, rows, kind, shard.draft)
+        shard, pending = self._pending, self._new_pending(self._spare)
         placed = self._placed.with_part(shard.buffer.rows[: len(shard)])
-        pending = self._new_pending()
-        commit = Commit(shard, len(shard), in_background(work))
+        commit = begin_commit(self.directory, self.manifest, self._environment, frozenset(self._refused), shard)
         # nothing is called in between, so that Ctrl-C comes before or after all of it
         self._placed, self._writing, self._pending, self._spare = placed, commit, pending, None
 
@@ -297,7 +283,10 @@ class DiskStore:
             return
         error = commit.outcome.exception()
         if error is not None:
-            self._take_back(commit)
+            self._writing = None
+            self._placed.take_back()
+            commit.shard.append_all(self._pending)  # before the rows that were put since: numbers stay
+            self._pending = commit.shard
             raise error
         done, self._writing = commit.outcome.result(), None
         self.manifest = done.manifest
@@ -308,13 +297,6 @@ class DiskStore:
         self._placed.parts[-1] = done.rows if whole else commit.shard.buffer.rows[: commit.count].clone()
         commit.shard.buffer.clear()
         self._spare = commit.shard.buffer
-
-    def _take_back(self, commit: Commit) -> None:
-        """Put the rows of a commit that failed before those that were put since: numbers stay."""
-        self._writing = None
-        self._placed.take_back()
-        commit.shard.append_all(self._pending)
-        self._pending = commit.shard
 
     def compact(self) -> None:
         """Pack runs of small shards into big ones; rows and their numbers stay.
@@ -335,8 +317,7 @@ class DiskStore:
     def mark_used(self) -> None:
         """Leave a note that the rows were of use now, where that is permitted: pruning goes by it."""
         with suppress(OSError):
-            if self.directory.is_dir():
-                (self.directory / LAST_USED).touch()
+            (self.directory / LAST_USED).touch()
 
     def mark_verified(self, environment: Mapping[str, str]) -> None:
         """Record that the encoder gives the rows that are here in another environment too, where that is permitted."""
@@ -349,11 +330,7 @@ class DiskStore:
     def _note(self, change: Callable[[Manifest], Manifest]) -> None:
         with suppress(StoreError):
             self.settle()
-            with locked(self.directory / MANIFEST_LOCK):
-                current = sure_manifest(self.directory, self.manifest)
-                self.manifest = change(current)
-                if self.manifest is not current:
-                    self.manifest.write(self.directory)
+            self.manifest = change_manifest(self.directory, self.manifest, change)
 
     def assemble(self, size: int, parts: Sequence[Found]) -> Any:
         """Put rows in the order of their positions, on the CPU and in the encoder's dtype."""
@@ -368,12 +345,6 @@ class DiskStore:
         self.flush()
         if not self._placed.parts:
             return TensorStore(device, self._dtype)
-        shards = self._placed.parts
-        rows = room_for(shards, device)
-        for place, (start, shard) in enumerate(zip(self._placed.starts, shards, strict=True)):
-            part = rows[start : start + len(shard)]
-            copy_rows(shard, part)
-            if not self._memory_map and rows.device.type == "cpu":  # do not hold them twice
-                shards[place] = part
+        rows = self._placed.load(device, let_go=not self._reading["memory_map"])
         keys, numbers = self._index.items()
         return TensorStore.of(keys, numbers, rows, self.given_dtype)

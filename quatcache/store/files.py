@@ -53,7 +53,7 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"cannot make {path}: {_reason(error)}; permit writing there, or move what is there."
+            f"cannot write {path}: {_reason(error)}; permit writing there, or move what is there."
         ) from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ class PendingShard:
         shard_bytes: Size at which it is full.
         dtype: Storage dtype of floating rows; None keeps the encoder's.
         buffer: Memory of an earlier shard, cleared; None: memory is taken when the first rows tell their shape.
+        time_func: Clock in seconds, for tests.
 
     Attributes:
         buffer: The rows, and perhaps one more batch if Ctrl-C came before its keys were noted.
@@ -42,13 +45,22 @@ class PendingShard:
         (1, True)
     """
 
-    def __init__(self, path: Path, shard_bytes: int, dtype: torch.dtype | None, buffer: Buffer | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shard_bytes: int,
+        dtype: torch.dtype | None,
+        buffer: Buffer | None = None,
+        time_func: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Hold no row."""
         self.buffer: Buffer = RowBuffer(dtype=dtype) if buffer is None else buffer
         self.keys: list[KeyArray] = []
         self.draft = ShardDraft(path, max(1, shard_bytes // STEPS))
         self._shard_bytes = shard_bytes
         self._dtype = dtype
+        self._time = time_func
+        self._began = math.inf
 
     def __len__(self) -> int:
         """Count the rows whose keys were noted."""
@@ -63,6 +75,11 @@ class PendingShard:
     def is_full(self) -> bool:
         """Whether the rows are enough for a shard."""
         return self.buffer.nbytes >= self._shard_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Time since the first rows were put; negative infinity if none were."""
+        return self._time() - self._began
 
     def checked(self, values: Values) -> Any:
         """Check a batch of rows against those that are there, and cast it for storage on the CPU.
@@ -79,6 +96,8 @@ class PendingShard:
 
     def append(self, keys: KeyArray, rows: Any) -> None:
         """Put checked rows behind the others, and have them written when there are enough of them."""
+        if not self.keys:
+            self._began = self._time()
         self.buffer.append(rows)
         self.keys.append(keys)
         held = self.buffer.rows

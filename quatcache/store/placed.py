@@ -9,7 +9,7 @@ import torch
 
 from quatcache.store.protocol import Found
 from quatcache.store.ragged import RaggedRows
-from quatcache.store.rows import Rows, assemble, gather, take
+from quatcache.store.rows import Rows, assemble, copy_rows, gather, room_for, take
 from quatcache.store.transfer import fetches, send, touch_pages
 
 __all__ = ["PlacedRows"]
@@ -91,6 +91,21 @@ class PlacedRows:
             answer.index_copy_(0, positions, take(parts[place], own))  # type: ignore[arg-type]
         answer = send(answer, device)
         return answer if dtype is None else answer.to(dtype)
+
+    def load(self, device: torch.device | str, *, let_go: bool) -> Rows:
+        """Copy all rows, at least one, into one piece of the memory of a device.
+
+        Args:
+            device: Where to; peak memory is that of the rows once if they are mapped.
+            let_go: Have these places be those of the copy, if it is in main memory: they need not be held twice.
+        """
+        rows = room_for(self.parts, device)
+        for place, (start, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+            room = rows[start : start + len(part)]
+            copy_rows(part, room)
+            if let_go and rows.device.type == "cpu":
+                self.parts[place] = room
+        return rows
 
     def touch(self, numbers: torch.Tensor) -> None:
         """Read a value from every page of some rows, so that memory maps have them when they are gathered.

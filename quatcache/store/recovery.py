@@ -7,6 +7,7 @@ compares some rows with the encoder; and the order of the shards, for which thei
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from quatcache.store.files import MANIFEST_LOCK, locked
 from quatcache.store.manifest import Manifest
 from quatcache.store.shards import is_shard_name, judge_alone
 
-__all__ = ["mended_manifest", "read_manifest", "sure_manifest"]
+__all__ = ["change_manifest", "mended_manifest", "read_manifest", "sure_manifest"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,29 @@ def sure_manifest(directory: Path, expected: Manifest) -> Manifest:
         except FormatError as error:
             logger.warning("%s", error)
     return manifest
+
+
+def change_manifest(directory: Path, expected: Manifest, change: Callable[[Manifest], Manifest]) -> Manifest:
+    """Change the manifest in its directory.
+
+    Args:
+        directory: The directory.
+        expected: A manifest of the encoder.
+        change: Gives another manifest, or the same one.
+
+    Returns:
+        What is there now.
+
+    Raises:
+        FormatError: It is of a newer version, or of another encoder.
+        StoreError: The directory cannot be read or written.
+    """
+    with locked(directory / MANIFEST_LOCK):
+        current = sure_manifest(directory, expected)
+        changed = change(current)
+        if changed is not current:
+            changed.write(directory)
+    return changed
 
 
 def _shards_in(directory: Path) -> list[Path]:

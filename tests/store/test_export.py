@@ -242,7 +242,9 @@ def test_store_that_lost_all_its_rows_gives_an_empty_array(tmp_path, parquet):
 
 
 def test_store_that_never_had_rows_is_refused(tmp_path):
-    Manifest(ONE, {}, {}).write(tmp_path / "cache" / "encoders" / ONE)
+    store = tmp_path / "cache" / "encoders" / ONE
+    store.mkdir(parents=True)
+    Manifest(ONE, {}, {}).write(store)
     with pytest.raises(ConfigError, match=f"store {ONE} has no rows; fill it first"):
         export(tmp_path / "cache", tmp_path / "v.npy")
 
