@@ -128,7 +128,7 @@ def open_model(path: str | PathLike[str], kind: str, allowed: Mapping[str, tuple
     Args:
         path: The encoder's directory.
         kind: The kind that it must be of.
-        allowed: The types of every setting; None is always allowed.
+        allowed: The types of every setting but the dtype; None is always allowed.
 
     Returns:
         What the library needs to read it.
@@ -139,7 +139,8 @@ def open_model(path: str | PathLike[str], kind: str, allowed: Mapping[str, tuple
     settings = _read_settings(path, kind, {**allowed, "dtype": (str,)})
     folder = Path(path) / _MODEL_FOLDER
     _refuse_code(folder)
-    return SavedModel(folder, settings, _dtype_of(settings.pop("dtype"), folder))
+    dtype = _dtype_of(settings.pop("dtype"), folder)
+    return SavedModel(folder, settings, dtype)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -272,6 +273,7 @@ def test_no_prompt_stays_none_beside_the_default_of_the_model(own_minilm, tmp_pa
 def test_half_precision_survives_saving(own_minilm, tmp_path):
     encoder = SentenceTransformerEncoder(own_minilm.to(torch.bfloat16))
     encoder.save(tmp_path)
+    assert json.loads((tmp_path / "encoder.json").read_text())["settings"]["dtype"] == "bfloat16"
     assert {parameter.dtype for parameter in SentenceTransformerEncoder.load(tmp_path).parameters()} == {torch.bfloat16}
 
 
