@@ -36,6 +36,22 @@ def own_minilm(minilm):
 
 
 @pytest.fixture(scope="session")
+def bert(minilm_path):
+    """Its transformer, of transformers, shared by all tests: freeze it, change nothing else."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(minilm_path)
+
+
+@pytest.fixture
+def tokenizer(minilm_path):
+    """Its tokenizer, to be changed."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(minilm_path)
+
+
+@pytest.fixture(scope="session")
 def wordllama_files():
     """Weights and tokenizer of wordllama, without importing the package (it is installed without its dependencies)."""
     spec = importlib.util.find_spec("wordllama")

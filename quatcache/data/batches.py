@@ -25,7 +25,16 @@ from quatcache.data.samples import (
 )
 from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
 
-__all__ = ["INDICES", "Batch", "BatchReader", "CachedColumns", "collate_items", "positions_of", "read_samples"]
+__all__ = [
+    "INDICES",
+    "Batch",
+    "BatchReader",
+    "CachedColumns",
+    "as_it_is",
+    "collate_items",
+    "positions_of",
+    "read_samples",
+]
 
 SampleReader = Callable[[Any], Any]
 
@@ -227,6 +236,11 @@ def positions_of(indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tens
     if where.device.type != "cpu" or not len(where) or where.min() >= 0:  # a look at a GPU would wait for it
         return where
     return torch.where(where < 0, where + size, where)
+
+
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: for the loader of a dataset that gives what belongs to all indices of a batch at once."""
+    return batch
 
 
 def collate_samples(samples: Sequence[ReadSample], collates: Mapping[str, Callable[[Sequence[Any]], Any]]) -> Batch:

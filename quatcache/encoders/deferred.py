@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from quatcache.encoders.layouts import ModelFiles
 from quatcache.encoders.serialised import JSON
+from quatcache.errors import ModelDefinitionError
 
-__all__ = ["Deferred", "as_if_alone", "deciding_versions", "is_loaded", "passing_over"]
+__all__ = ["Deferred", "as_if_alone", "deciding_versions", "is_loaded", "load_or_defer", "passing_over"]
 
 _DECIDE = (
     *("quatcache", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "sentencepiece", "tiktoken"),
@@ -40,6 +42,7 @@ class Deferred:
     Attributes:
         folders: Where its files are: those of the model, and of a tokenizer that lies elsewhere.
         embedding_size: Size of its embeddings, as its files say.
+        load: Loads it, on the CPU; it pickles with the encoder.
         default_dtype: The default dtype of torch when the encoder was made: loading goes by it.
         device: Where the model belongs once it is loaded.
         casts: What its weights were cast to since, one after the other, for each rounds.
@@ -49,6 +52,7 @@ class Deferred:
 
     folders: tuple[Path, ...]
     embedding_size: int
+    load: Callable[[], nn.Module]
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     device: torch.device | None = None
     casts: tuple[torch.dtype, ...] = ()
@@ -73,7 +77,27 @@ class Deferred:
             self.casts += (single.dtype,)
         return True
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def load_into(self, encoder: Any) -> None:
+        """Load the model into the encoder that waits for it, and tell the listeners; see ``Encoder.ensure_loaded``."""
+        size, folder = encoder.embedding_size, self.folders[0]
+        encoder._deferred = None
+        try:
+            with as_if_alone(self.default_dtype):
+                encoder._modules["model"] = self._placed(self.load()).train(encoder.training)
+            if encoder.embedding_size != size:
+                raise ModelDefinitionError(
+                    f"the files in {folder} tell of embeddings of size {size}, the model itself gives "
+                    f"{encoder.embedding_size}; pass the loaded model instead of its name"
+                )
+        except BaseException as error:
+            encoder._modules["model"], encoder._deferred = None, self
+            if isinstance(error, AttributeError):  # a property that raises it looks like an attribute that is not there
+                raise ModelDefinitionError(f"{folder} cannot be loaded: {error}") from error
+            raise
+        for listener in tuple(self.listeners):
+            listener()
+
+    def _placed(self, model: nn.Module) -> nn.Module:
         """Freeze a model that was just loaded, and do to it what was noted."""
         model.requires_grad_(False).eval()
         for dtype in self.casts:
@@ -92,6 +116,25 @@ class Deferred:
 def is_loaded(encoder: Any) -> bool:
     """Whether an encoder's model is in memory; only frozen adapters that were given a name put off loading it."""
     return bool(encoder._deferred is None or encoder._modules.get("model") is not None)
+
+
+def load_or_defer(encoder: Any, load: Callable[[], nn.Module], files: ModelFiles | None) -> None:
+    """Give an adapter its model: now, or, where its files tell enough, when something needs it.
+
+    Args:
+        encoder: The adapter; it knows whether it is trainable, and what its model is loaded with.
+        load: Loads the model; see :class:`Deferred`.
+        files: Those of the model; None: it is loaded now.
+    """
+    encoder._modules["model"] = None  # the first of the modules, whenever it is loaded
+    if files is not None:
+        encoder._deferred = Deferred(*files, load)
+    else:
+        with as_if_alone(torch.get_default_dtype()):
+            model = load()
+        encoder._modules["model"] = model if encoder.trainable else model.requires_grad_(False)
+    if not encoder.trainable:
+        encoder.eval()
 
 
 @contextmanager

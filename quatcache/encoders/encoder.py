@@ -10,30 +10,21 @@ the module's state is made in ``__new__``, and the order of statements in a subc
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from quatcache.encoders.deferred import Deferred, as_if_alone, is_loaded, passing_over
+from quatcache.encoders.deferred import Deferred, is_loaded, passing_over
 from quatcache.encoders.facts import module_facts
+from quatcache.encoders.saved import load_weights, save_weights
 from quatcache.encoders.serialised import JSON
-from quatcache.encoders.weights import assign_tensors, named_tensors
-from quatcache.errors import FormatError, ModelDefinitionError
+from quatcache.errors import ModelDefinitionError
 from quatcache.sequences import PaddedSequences
 
 __all__ = ["Encoder"]
-
-WEIGHTS_FILE = "weights.safetensors"
-SETTINGS_FILE = "encoder.json"
 
 
 class _Required:
@@ -236,7 +227,7 @@ class Encoder(nn.Module):
         Returns:
             The encoder itself.
         """
-        with self._passed_over():
+        with passing_over([self]):
             return super().train(mode and self.trainable)
 
     # An encoder whose model is loaded when it is needed
@@ -248,29 +239,8 @@ class Encoder(nn.Module):
             ConfigError: It cannot be loaded.
             ModelDefinitionError: Its embeddings are not of the size that its files told.
         """
-        if self._deferred is None or is_loaded(self):
-            return
-        deferred, size = self._deferred, self.embedding_size
-        self._deferred = None
-        try:
-            with as_if_alone(deferred.default_dtype):
-                model = self._load_deferred()
-                self._modules["model"] = deferred.place(model).train(self.training)
-            if self.embedding_size != size:
-                raise ModelDefinitionError(
-                    f"the files in {deferred.folders[0]} tell of embeddings of size {size}, the model itself gives "
-                    f"{self.embedding_size}; pass the loaded model instead of its name"
-                )
-        except BaseException as error:
-            self._modules["model"], self._deferred = None, deferred
-            if isinstance(error, AttributeError):  # a property that raises it looks like an attribute that is not there
-                raise ModelDefinitionError(f"{deferred.folders[0]} cannot be loaded: {error}") from error
-            raise
-        for listener in tuple(deferred.listeners):
-            listener()
-
-    def _load_deferred(self) -> nn.Module:
-        raise NotImplementedError
+        if self._deferred is not None and not is_loaded(self):
+            self._deferred.load_into(self)
 
     def _loads_with(self) -> dict[str, JSON]:
         """List the settings that a model which is not loaded will be loaded with, beside the encoder's own facts."""
@@ -280,9 +250,6 @@ class Encoder(nn.Module):
         """Load the model for whoever looks inside, unless modules are walked through in passing."""
         if self._deferred is not None and not self._deferred.held:
             self.ensure_loaded()
-
-    def _passed_over(self) -> AbstractContextManager[None]:
-        return passing_over([self])
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -309,7 +276,7 @@ class Encoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse and self._deferred is not None and not is_loaded(self) and not self._deferred.note(fn):
             self.ensure_loaded()
-        with self._passed_over():
+        with passing_over([self]):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -319,13 +286,7 @@ class Encoder(nn.Module):
         Args:
             path: A directory; it is created if it does not exist.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A tensor that shares memory, or has gaps, is refused by safetensors.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named_tensors(self).items()}
-        save_file(tensors, folder / WEIGHTS_FILE)
-        settings = {"kind": "custom", "name": type(self).__qualname__, "version": self.version}
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_weights(path, self, {"kind": "custom", "name": type(self).__qualname__, "version": self.version})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -366,10 +327,4 @@ class Encoder(nn.Module):
         Raises:
             FormatError: If the file is missing or damaged, or holds other tensors than this encoder has.
         """
-        file = Path(path) / WEIGHTS_FILE
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{file} cannot be read ({error}); save the encoder again") from error
-        with torch.no_grad():
-            assign_tensors(self, tensors, source=str(file))
+        load_weights(path, self)

@@ -35,6 +35,7 @@ from quatcache.encoders.weights import (
     package_of,
     packed_tensors,
     tensor_digest,
+    weight_facts,
 )
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
     "hook_facts",
     "module_facts",
     "own_facts",
-    "weight_facts",
 ]
 
 _IGNORED_TYPES = (
@@ -203,28 +203,6 @@ def adapter_facts(module: nn.Module, prefix: str = "") -> dict[str, JSON]:
     for index, key in enumerate(sorted(states)):
         for name, value in states[key].items():
             facts[f"{prefix}adapter.{index}.{name}" if len(states) > 1 else f"{prefix}adapter.{name}"] = value
-    return facts
-
-
-def weight_facts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, JSON]:
-    """Digest tensors by name, and name their dtypes in one fact of its own.
-
-    Args:
-        tensors: Tensors by name; two names of one tensor are digested once.
-        prefix: Put between "weights." and every name, with its dot.
-
-    Returns:
-        "weights.<name>": digest for every tensor, and "dtype": the floating dtypes joined by "+".
-    """
-    digests: dict[int, str] = {}
-    facts: dict[str, JSON] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in digests:
-            digests[id(tensor)] = tensor_digest(tensor)
-        facts[f"weights.{prefix}{name}"] = digests[id(tensor)]
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
-    if dtypes:
-        facts[f"{prefix}dtype"] = "+".join(sorted(dtypes))
     return facts
 
 

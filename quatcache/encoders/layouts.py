@@ -11,17 +11,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from quatcache.encoders.deferred import Deferred
-
 __all__ = [
+    "ModelFiles",
     "absolute",
-    "sentence_transformer_later",
+    "sentence_transformer_files",
     "sentence_transformer_size",
-    "transformer_later",
+    "transformer_files",
     "transformer_size",
 ]
 
@@ -30,37 +29,51 @@ _WITHOUT_SIZE = frozenset({"Normalize", "Dropout"})
 _ELSEWHERE = "name_or_path"
 
 
+class ModelFiles(NamedTuple):
+    """The files of a model that can be loaded later.
+
+    Attributes:
+        folders: Where they are: those of the model, and of a tokenizer that lies elsewhere.
+        embedding_size: Size of its embeddings, as they say.
+    """
+
+    folders: tuple[Path, ...]
+    embedding_size: int
+
+
 def absolute(name: Any) -> Any:
     """Make the name of a directory absolute, for it may be used after a chdir; anything else stays as it is."""
     return str(Path(name).absolute()) if isinstance(name, str | os.PathLike) and Path(name).is_dir() else name
 
 
-def sentence_transformer_later(name: str, prompt_name: str | None) -> Deferred | None:
-    """Find out what must be known of a sentence-transformers model that is loaded later.
+def sentence_transformer_files(model: object, prompt_name: str | None) -> ModelFiles | None:
+    """Find the files of a sentence-transformers model.
 
     Args:
-        name: Its directory, or its name on the hub.
+        model: Its directory, or its name on the hub; what is loaded already needs nothing.
         prompt_name: The prompt that it must have; None: any.
 
     Returns:
-        That; None: it must be loaded now.
+        They; None: they do not tell all that must be known, so it must be loaded now.
     """
-    folder = _local_folder(name, "modules.json", os.environ.get("SENTENCE_TRANSFORMERS_HOME"), "sentence-transformers")
+    if not isinstance(model, str):
+        return None
+    folder = _local_folder(model, "modules.json", os.environ.get("SENTENCE_TRANSFORMERS_HOME"), "sentence-transformers")
     size = None if folder is None else sentence_transformer_size(folder)
     if folder is None or size is None or not (prompt_name is None or prompt_name in _saved_prompts(folder)):
         return None
-    return Deferred((folder,), size)
+    return ModelFiles((folder,), size)
 
 
-def transformer_later(model: object, tokenizer: object) -> Deferred | None:
-    """Find out what must be known of a transformers model that is loaded later.
+def transformer_files(model: object, tokenizer: object) -> ModelFiles | None:
+    """Find the files of a transformers model.
 
     Args:
         model: Its directory, or its name on the hub; what is loaded already needs nothing.
         tokenizer: That of its tokenizer; None: the same.
 
     Returns:
-        That; None: it must be loaded now.
+        They; None: they do not tell all that must be known, so it must be loaded now.
     """
     tokenizer = model if tokenizer is None else tokenizer
     if not isinstance(model, str) or not isinstance(tokenizer, str):
@@ -69,7 +82,7 @@ def transformer_later(model: object, tokenizer: object) -> Deferred | None:
     size = None if folder is None or place is None else transformer_size(folder, place)
     if folder is None or place is None or size is None or not _has_pad_token(place):
         return None
-    return Deferred(tuple(dict.fromkeys((folder, place))), size)
+    return ModelFiles(tuple(dict.fromkeys((folder, place))), size)
 
 
 def _local_folder(name: str, file: str, cache: str | None = None, owner: str | None = None) -> Path | None:

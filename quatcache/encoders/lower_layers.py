@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from quatcache.encoders.loading import load_transformer
 from quatcache.encoders.transformer import TransformersEncoder
 from quatcache.heads.splitting import check_layers, split_layers
 from quatcache.sequences import PaddedSequences
@@ -62,7 +63,7 @@ class LowerLayersEncoder(TransformersEncoder):
         truncation_side: Literal["left", "right"] | None = None,
     ) -> None:
         check_layers("layers", layers)
-        whole, tokenizer = self._load_model(model, tokenizer)
+        whole, tokenizer = load_transformer(model, tokenizer)
         super().__init__(
             split_layers(whole, layers)[0],
             tokenizer,

@@ -7,30 +7,23 @@ upgrade of the libraries and a move to another folder, and to change with everyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from quatcache.encoders.facts import adapter_facts, describe, foreign_facts, hook_facts, module_facts, weight_facts
+from quatcache.encoders.facts import adapter_facts, describe, foreign_facts, hook_facts, module_facts
 from quatcache.encoders.serialised import JSON, flatten, read_config, tokenizer_facts
-from quatcache.encoders.weights import package_of, tensors_in
+from quatcache.encoders.weights import package_of, tensors_in, weight_facts
 
 __all__ = [
     "chain_facts",
-    "count_tokens",
-    "floating_dtype",
     "model_facts",
     "model_tensors",
     "processor_facts",
-    "text_length",
 ]
 
 # Counted from 0 by the code of the model; some versions of transformers store them, some do not.
 _DERIVED = ("position_ids", "token_type_ids")
-_CHARACTERS_OF_TOKEN = 8
-"""Twice what a token has in English, and more than in most languages."""
 
 # Values that mean "a text model, as ever": versions of sentence-transformers before 5.2 do not name them.
 _DEFAULTS: dict[str, tuple[object, ...]] = {
@@ -106,61 +99,6 @@ def processor_facts(processor: Any, prefix: str = "") -> dict[str, JSON]:
             facts[f"{prefix}{name}"] = type(part).__name__
             flatten(part.to_dict(), f"{prefix}{name}", facts)
     return facts
-
-
-def text_length(item: Any) -> int:
-    """Estimate the cost of an item by its characters, through lists, tuples and dicts; 0 for what is no text."""
-    if isinstance(item, str):
-        return len(item)
-    if isinstance(item, Mapping):
-        return sum(text_length(value) for value in item.values())
-    if isinstance(item, list | tuple):
-        return sum(text_length(value) for value in item)
-    return 0
-
-
-def count_tokens(tokenizer: Any, texts: Sequence[str], prompt: str | None, limit: int | None) -> list[int]:
-    """Count the tokens of texts after truncation, in one call of the tokenizer and without padding.
-
-    Of a text that is much longer than what is left of it, the beginning is tokenized only, if that is enough.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        texts: N texts.
-        prompt: Text put before each of them.
-        limit: Tokens that are left of a text, special ones included; None: all.
-
-    Returns:
-        N numbers.
-    """
-    whole = [prompt + text for text in texts] if prompt else list(texts)
-
-    def count(some: list[str]) -> list[int]:
-        encoded = tokenizer(some, padding=False, truncation=limit is not None, max_length=limit,
-                            return_attention_mask=False, return_token_type_ids=False)  # fmt: skip
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    if limit is None:
-        return count(whole)
-    heads = [_beginning(text, limit * _CHARACTERS_OF_TOKEN) for text in whole]
-    counts = count(heads)
-    unsure = [place for place, text in enumerate(whole) if len(text) > len(heads[place]) and counts[place] < limit]
-    if unsure:
-        for place, tokens in zip(unsure, count([whole[place] for place in unsure]), strict=True):
-            counts[place] = tokens
-    return counts
-
-
-def _beginning(text: str, characters: int) -> str:
-    """Cut a text at a space: within a word, its pieces would be others than those of the whole word."""
-    end = text.rfind(" ", 0, characters) if len(text) > characters else -1
-    return text if end < 0 else text[:end]
-
-
-def floating_dtype(module: nn.Module) -> torch.dtype | None:
-    """Give the one floating dtype of a module's parameters, or None if there are several or none."""
-    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def chain_facts(model: nn.Module) -> dict[str, JSON]:

@@ -1,19 +1,27 @@
-"""The collating half of a sentence-transformers model: what turns items into its features, without its weights."""
+"""The collating half of a sentence-transformers model: what turns items into its features, without its weights.
+
+Which prompt stands before an item, which route it takes through a model and how much of it is left is decided here, as
+``encode``, ``encode_query`` and ``encode_document`` decide it.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from quatcache.encoders.token_counts import known_limit
 from quatcache.encoders.weights import package_of
+from quatcache.errors import ConfigError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["Collator", "pads_nothing", "task_of"]
+__all__ = ["Collator", "own_prompt", "pads_nothing", "task_of", "tokenizer_of"]
+
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class Collator:
@@ -77,3 +85,44 @@ def _without_places(embedding: Any) -> Any:
 def task_of(model: SentenceTransformer, role: str | None) -> dict[str, str]:
     """Give the argument that chooses a route; versions before 5 have no routes by role."""
     return {"task": role} if role is not None and hasattr(model, "encode_query") else {}
+
+
+def own_prompt(model: SentenceTransformer, name: str | None, role: str | None) -> str | None:
+    """Choose among the prompts of a model.
+
+    Args:
+        model: The model.
+        name: The one that is asked for; None: that of the role, else the default one.
+        role: "query" or "document"; None: neither.
+
+    Returns:
+        The prompt; None: nothing is put before an item.
+
+    Raises:
+        ConfigError: The model has none of that name.
+    """
+    prompts: Mapping[str, str] = getattr(model, "prompts", None) or {}
+    if name is not None:
+        if name not in prompts:
+            raise ConfigError(f"prompt_name is {name!r}; the model has {sorted(prompts)}")
+        return prompts[name]
+    candidates = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(role or "", ())
+    default = getattr(model, "default_prompt_name", None)
+    return next((prompts[each] for each in (*candidates, default) if each is not None and each in prompts), None)
+
+
+def tokenizer_of(model: SentenceTransformer, role: str | None) -> tuple[Any, int | None] | None:
+    """Find the tokenizer of a model that is a transformer.
+
+    Args:
+        model: The model.
+        role: "query" or "document", which may have lengths of their own; None: neither.
+
+    Returns:
+        The tokenizer, and how many tokens it leaves of a text (None: all); None for other models.
+    """
+    first: Any = model[0]
+    if not hasattr(first, "auto_model") or not callable(getattr(first, "tokenizer", None)):
+        return None
+    length = getattr(first, f"{role}_length", None) or getattr(model, "max_seq_length", None)
+    return first.tokenizer, known_limit(length)

@@ -8,35 +8,28 @@ loader's workers and the module itself on the rows, with the prompt, task, trunc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from quatcache.data.devices import to_device
-from quatcache.encoders.deferred import as_if_alone, is_loaded
+from quatcache.encoders.deferred import is_loaded, load_or_defer
 from quatcache.encoders.encoder import Encoder
 from quatcache.encoders.facts import own_facts
-from quatcache.encoders.layouts import absolute, sentence_transformer_later
-from quatcache.encoders.pretrained import chain_facts, count_tokens, floating_dtype, text_length
-from quatcache.encoders.saved import (
-    read_settings,
-    refuse_classes,
-    refuse_code,
-    require_saveable,
-    saved_dtype,
-    write_settings,
-)
-from quatcache.encoders.sentence_collator import Collator, pads_nothing, task_of
+from quatcache.encoders.layouts import sentence_transformer_files
+from quatcache.encoders.loading import check_sentence_transformer, load_sentence_transformer
+from quatcache.encoders.pretrained import chain_facts
+from quatcache.encoders.saved import naming_damage, open_model, refuse_classes, require_saveable, save_model
+from quatcache.encoders.sentence_collator import Collator, own_prompt, pads_nothing, task_of, tokenizer_of
 from quatcache.encoders.serialised import JSON
+from quatcache.encoders.token_counts import are_texts, count_tokens, text_length
 from quatcache.encoders.weights import copy_without_weights, package_of
-from quatcache.errors import ConfigError, FormatError, ModelDefinitionError
+from quatcache.errors import ConfigError, ModelDefinitionError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["SentenceTransformerEncoder"]
 
 KIND = "sentence_transformers"
-_MODEL_FOLDER = "model"
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "trainable": (bool,),
     "prompt": (str,),
@@ -52,11 +44,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
     "normalize_embeddings": (bool,),
     "truncate_dim": (int,),
     "max_seq_length": (int,),
-    "dtype": (str,),
 }
-_UNBOUNDED = 10**9
-"""A tokenizer without a limit names a number beyond this."""
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class SentenceTransformerEncoder(Encoder):
@@ -116,33 +104,17 @@ class SentenceTransformerEncoder(Encoder):
         self._prompt, self._prompt_name, self._max_seq_length = prompt, prompt_name, max_seq_length
         self._prompt_is_open = prompt is None
         self._pads_nothing: bool | None = None  # found out when the model is loaded
-        self._modules["model"] = None  # the first of the modules, whenever it is loaded
-        self._name = _checked_name(model)
-        if self._name is not None and not trainable:
-            self._deferred = sentence_transformer_later(self._name, prompt_name)
-        if self._deferred is None:
-            if isinstance(model, str | PathLike):
-                with as_if_alone(torch.get_default_dtype()):
-                    model = self._load_deferred()
-            elif max_seq_length is not None:
-                model.max_seq_length = max_seq_length
-            self._modules["model"] = model if trainable else model.requires_grad_(False)
+        source = check_sentence_transformer(model)
+        files = None if trainable else sentence_transformer_files(source, prompt_name)
+        load_or_defer(self, partial(self._load_model, source), files)
+        if is_loaded(self):
             self._resolve_prompt()
-        if not trainable:
-            self.eval()
 
-    def _load_deferred(self) -> SentenceTransformer:
-        """Load the model from a directory or the hub, on the CPU: the trainer moves it where it belongs."""
-        from sentence_transformers import SentenceTransformer
-
-        assert self._name is not None
-        try:
-            model = SentenceTransformer(self._name, device="cpu", trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # of a name that leads nowhere, of damage
-            raise _unloadable(self._name, "".join(str(error).strip().splitlines()[:1])) from error
+    def _load_model(self, model: str | SentenceTransformer) -> SentenceTransformer:
+        loaded = load_sentence_transformer(model)
         if self._max_seq_length is not None:
-            model.max_seq_length = self._max_seq_length
-        return model
+            loaded.max_seq_length = self._max_seq_length
+        return loaded
 
     def _loads_with(self) -> dict[str, JSON]:
         """List the settings that the model is loaded with."""
@@ -170,22 +142,8 @@ class SentenceTransformerEncoder(Encoder):
 
     def _resolve_prompt(self) -> str | None:
         if self._prompt_is_open:
-            self.prompt = self._own_prompt()
+            self.prompt = own_prompt(self.model, self._prompt_name, self.role)
         return self._prompt
-
-    def _own_prompt(self) -> str | None:
-        """Choose the prompt as ``encode``, ``encode_query`` and ``encode_document`` do."""
-        prompts: Mapping[str, str] = getattr(self.model, "prompts", None) or {}
-        if self._prompt_name is not None:
-            if self._prompt_name not in prompts:
-                raise ConfigError(f"prompt_name is {self._prompt_name!r}; the model has {sorted(prompts)}")
-            return prompts[self._prompt_name]
-        candidates = {"query": ("query",), "document": _DOCUMENT_PROMPTS}.get(self.role or "", ())
-        default = getattr(self.model, "default_prompt_name", None)
-        for name in (*candidates, default):
-            if name is not None and name in prompts:
-                return prompts[name]
-        return None
 
     @property
     def embedding_size(self) -> int:
@@ -215,22 +173,19 @@ class SentenceTransformerEncoder(Encoder):
             None for other items, for models other than a transformer with its tokenizer, or if a subclass collates or
             sorts.
         """
-        own, first = type(self), self.model[0]
+        own, found = type(self), tokenizer_of(self.model, self.role)
         if own.collate is not SentenceTransformerEncoder.collate or own.length is not SentenceTransformerEncoder.length:
             return None
-        if not hasattr(first, "auto_model") or not callable(getattr(first, "tokenizer", None)):
+        if found is None or not are_texts(items):
             return None
-        if not all(isinstance(item, str) for item in items):
-            return None
-        limit = getattr(first, f"{self.role}_length", None) or getattr(self.model, "max_seq_length", None)
-        bounded = isinstance(limit, int) and limit < _UNBOUNDED
-        return count_tokens(first.tokenizer, items, self.prompt, limit if bounded else None)
+        tokenizer, limit = found
+        return count_tokens(tokenizer, items, self.prompt, limit)
 
     def collates_apart(self, items: Sequence[Any]) -> bool:
         """Say that texts are tokenized beside :meth:`forward`, unless a subclass has one of its own."""
         own = type(self)
         plain = own.collate is SentenceTransformerEncoder.collate and own.forward is SentenceTransformerEncoder.forward
-        return plain and all(isinstance(item, str) for item in items)
+        return plain and are_texts(items)
 
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
         """Tokenize (or process) items, with the prompt.
@@ -300,25 +255,20 @@ class SentenceTransformerEncoder(Encoder):
                     "model in an Encoder of your own and pass that when loading"
                 )
         require_saveable(self.model, "the SentenceTransformer")
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(str(folder / _MODEL_FOLDER), create_model_card=False, safe_serialization=True)
-        refuse_code(folder / _MODEL_FOLDER)
         length = getattr(self.model, "max_seq_length", None)
-        dtype = floating_dtype(self.model)
-        write_settings(
-            folder,
-            KIND,
-            {
-                "trainable": self.trainable,
-                "prompt": self.prompt,
-                "role": self.role,
-                "normalize_embeddings": self.normalize_embeddings,
-                "truncate_dim": self.truncate_dim if self.truncate_dim is not None else self.model.truncate_dim,
-                "max_seq_length": length if isinstance(length, int) else None,
-                "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-            },
-        )
+        settings: dict[str, JSON] = {
+            "trainable": self.trainable,
+            "prompt": self.prompt,
+            "role": self.role,
+            "normalize_embeddings": self.normalize_embeddings,
+            "truncate_dim": self.truncate_dim if self.truncate_dim is not None else self.model.truncate_dim,
+            "max_seq_length": length if isinstance(length, int) else None,
+        }
+
+        def write(folder: Path) -> None:
+            self.model.save(str(folder), create_model_card=False, safe_serialization=True)
+
+        save_model(path, KIND, self.model, settings, write)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -335,16 +285,11 @@ class SentenceTransformerEncoder(Encoder):
         """
         from sentence_transformers import SentenceTransformer
 
-        settings = read_settings(path, KIND, _SETTINGS)
-        folder = Path(path) / _MODEL_FOLDER
-        refuse_code(folder)
+        folder, settings, dtype = open_model(path, KIND, _SETTINGS)
         refuse_classes(folder)
-        dtype, length = saved_dtype(settings.pop("dtype"), folder), settings.pop("max_seq_length")
-        try:
+        length = settings.pop("max_seq_length")
+        with naming_damage(folder):
             model: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever the library makes of damaged files
-            reason = " ".join(str(error).split())
-            raise FormatError(f"{folder} cannot be loaded ({reason}); save the encoder again") from error
         if dtype is not None:
             model = model.to(dtype)
         if length is not None:
@@ -354,33 +299,3 @@ class SentenceTransformerEncoder(Encoder):
         encoder = cls(model, **settings)
         encoder.eval()
         return encoder
-
-
-def _checked_name(model: Any) -> str | None:
-    """Give the name of a model that is to be loaded, absolute if it is a directory; None for a loaded one.
-
-    Raises:
-        ConfigError: It is neither, or there is no such directory.
-    """
-    if not isinstance(model, str | PathLike):
-        from sentence_transformers import SentenceTransformer
-
-        if isinstance(model, SentenceTransformer):
-            return None
-        raise ConfigError(
-            f"model is of type {type(model).__qualname__}; pass a directory, a hub name or a loaded SentenceTransformer"
-        )
-    name = os.fspath(model)
-    if (isinstance(model, PathLike) or _is_path(name)) and not Path(name).is_dir():
-        raise _unloadable(name, "there is no such directory")
-    return str(absolute(name))
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be meant as a directory: on the hub names are "model" or "owner/model"."""
-    parts = name.replace(os.sep, "/").split("/")
-    return len(parts) > 2 or parts[0] in {"", ".", "..", "~"} or parts[-1] == ""
-
-
-def _unloadable(name: str, reason: str) -> ConfigError:
-    return ConfigError(f"encoder {name!r} cannot be loaded ({reason}); pass a directory or a name on the hub.")

@@ -6,34 +6,28 @@ computes (accumulated in float32 for half precision), so that one model gives th
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from quatcache.data.devices import to_device
-from quatcache.encoders.deferred import as_if_alone, is_loaded
+from quatcache.encoders.deferred import is_loaded, load_or_defer
 from quatcache.encoders.encoder import Encoder
-from quatcache.encoders.facts import own_facts, weight_facts
-from quatcache.encoders.layouts import absolute, transformer_later
-from quatcache.encoders.pretrained import (
-    count_tokens,
-    floating_dtype,
-    model_facts,
-    model_tensors,
-    processor_facts,
-    text_length,
-)
-from quatcache.encoders.saved import read_settings, refuse_code, require_saveable, saved_dtype, write_settings
+from quatcache.encoders.facts import own_facts
+from quatcache.encoders.layouts import absolute, transformer_files
+from quatcache.encoders.loading import load_transformer, prepare_tokenizer
+from quatcache.encoders.pretrained import model_facts, model_tensors, processor_facts
+from quatcache.encoders.saved import naming_damage, open_model, require_saveable, save_model
 from quatcache.encoders.serialised import JSON
-from quatcache.errors import ConfigError, EncoderOutputError, FormatError, ModelDefinitionError
+from quatcache.encoders.token_counts import are_texts, count_tokens, known_limit, text_length
+from quatcache.encoders.weights import weight_facts
+from quatcache.errors import ConfigError, EncoderOutputError, ModelDefinitionError
 from quatcache.heads.pooling import Pooling, check_pooling, pool
 from quatcache.sequences import PaddedSequences
 
@@ -42,13 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TransformersEncoder"]
 
-_MODEL_FOLDER = "model"
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "trainable": (bool,),
     "max_length": (int,),
     "prompt": (str,),
     "truncation_side": (str,),
-    "dtype": (str,),
 }
 
 
@@ -112,33 +104,19 @@ class TransformersEncoder(Encoder):
         self.prompt = prompt
         self._max_length, self._length_is_open = max_length, max_length is None
         self._truncation_side = truncation_side
-        self._names = absolute(model), absolute(tokenizer)
         self._tokenizer: Any = None
-        self._modules["model"] = None  # the first of the modules, whenever it is loaded
-        if not trainable:
-            self._deferred = transformer_later(*self._names)
-        if self._deferred is None:
-            with as_if_alone(torch.get_default_dtype()):
-                self._modules["model"] = self._load_deferred()
-            self._names = (None, None)
-            if not trainable:
-                self.model.requires_grad_(False)
-        if not trainable:
-            self.eval()
+        source = absolute(model), absolute(tokenizer)
+        files = None if trainable else transformer_files(*source)
+        load_or_defer(self, partial(self._load_model, *source), files)
 
-    def _load_deferred(self) -> PreTrainedModel:
-        model, tokenizer = self._load_model(*self._names)
-        side = self._truncation_side
-        if side is not None and tokenizer.truncation_side != side:
-            tokenizer = copy.deepcopy(tokenizer)  # it may be the caller's, for other uses
-            tokenizer.truncation_side = side
-        if tokenizer.pad_token is None:
-            raise ConfigError(
-                "the tokenizer has no pad_token, so texts of different lengths cannot be batched; set "
-                "tokenizer.pad_token = tokenizer.eos_token and pass the tokenizer"
-            )
-        self._tokenizer = tokenizer
-        return model
+    def _load_model(
+        self,
+        model: str | PathLike[str] | PreTrainedModel,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None,
+    ) -> PreTrainedModel:
+        loaded, its_tokenizer = load_transformer(model, tokenizer)
+        self._tokenizer = prepare_tokenizer(its_tokenizer, self._truncation_side)
+        return loaded
 
     def _loads_with(self) -> dict[str, JSON]:
         """List the settings that model and tokenizer are loaded with."""
@@ -148,39 +126,11 @@ class TransformersEncoder(Encoder):
             "truncation_side": self._truncation_side,
         }
 
-    @staticmethod
-    def _load_model(
-        model: str | PathLike[str] | PreTrainedModel,
-        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None,
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load what is named; an object passes through."""
-        from transformers import AutoModel, AutoTokenizer
-
-        if not isinstance(model, str | PathLike | nn.Module):
-            raise ConfigError(f"model is a {type(model).__qualname__}; pass a directory, a hub name or a loaded model")
-        if isinstance(model, PathLike) and not Path(model).is_dir():
-            raise ConfigError(
-                f"{os.fspath(model)} is not a directory; pass the folder of a model, or a hub name as str"
-            )
-        if tokenizer is None:
-            if isinstance(model, nn.Module):
-                raise ConfigError(f"{type(model).__qualname__} came without a tokenizer; pass tokenizer=")
-            tokenizer = model
-        if isinstance(tokenizer, str | PathLike):
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer), trust_remote_code=False)
-        if isinstance(model, str | PathLike):
-            return AutoModel.from_pretrained(os.fspath(model), trust_remote_code=False), tokenizer
-        return model, tokenizer
-
     def _own_max_length(self) -> int | None:
-        """Take the smaller of what tokenizer and model allow; a tokenizer without a limit names a huge number."""
+        """Take the smaller of what tokenizer and model allow."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
-        limits = [
-            limit
-            for limit in (self.tokenizer.model_max_length, positions)
-            if isinstance(limit, int) and 0 < limit < 10**9
-        ]
-        return min(limits, default=None)
+        limits = known_limit(self.tokenizer.model_max_length), known_limit(positions)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -225,7 +175,7 @@ class TransformersEncoder(Encoder):
         own = type(self)
         if own.collate is not TransformersEncoder.collate or own.length is not TransformersEncoder.length:
             return None
-        if not all(isinstance(item, str) for item in items):
+        if not are_texts(items):
             return None
         return count_tokens(self.tokenizer, items, self.prompt, self.max_length)
 
@@ -233,7 +183,7 @@ class TransformersEncoder(Encoder):
         """Say that texts are tokenized beside :meth:`forward`, unless a subclass has one of its own."""
         own = type(self)
         plain = own.collate is TransformersEncoder.collate and own.forward is TransformersEncoder.forward
-        return plain and all(isinstance(item, str) for item in items)
+        return plain and are_texts(items)
 
     def collate(self, items: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize texts, with the prompt.
@@ -313,24 +263,19 @@ class TransformersEncoder(Encoder):
                 f"{type(self.model).__qualname__} would be loaded again as {other}; "
                 "wrap the model in an Encoder of your own and pass that when loading"
             )
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / _MODEL_FOLDER, safe_serialization=True)
-        self.tokenizer.save_pretrained(folder / _MODEL_FOLDER)
-        refuse_code(folder / _MODEL_FOLDER)
-        dtype = floating_dtype(self.model)
-        write_settings(
-            folder,
-            self._kind,
-            {
-                **{name: getattr(self, name) for name in self._own_settings},
-                "trainable": self.trainable,
-                "max_length": self.max_length,
-                "prompt": self.prompt,
-                "truncation_side": self.tokenizer.truncation_side,
-                "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-            },
-        )
+        settings: dict[str, JSON] = {
+            **{name: getattr(self, name) for name in self._own_settings},
+            "trainable": self.trainable,
+            "max_length": self.max_length,
+            "prompt": self.prompt,
+            "truncation_side": self.tokenizer.truncation_side,
+        }
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder, safe_serialization=True)
+            self.tokenizer.save_pretrained(folder)
+
+        save_model(path, self._kind, self.model, settings, write)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -347,18 +292,12 @@ class TransformersEncoder(Encoder):
         """
         from transformers import AutoModel, AutoTokenizer
 
-        settings = read_settings(path, cls._kind, {**_SETTINGS, **cls._own_settings})
-        folder = Path(path) / _MODEL_FOLDER
-        refuse_code(folder)
-        dtype = saved_dtype(settings.pop("dtype"), folder)
-        try:
+        folder, settings, dtype = open_model(path, cls._kind, {**_SETTINGS, **cls._own_settings})
+        with naming_damage(folder):
             model = AutoModel.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever the library makes of damaged files
-            reason = " ".join(str(error).split())
-            raise FormatError(f"{folder} cannot be loaded ({reason}); save the encoder again") from error
         encoder = cls(model if dtype is None else model.to(dtype), tokenizer, **settings)
         encoder.eval()
         return encoder

@@ -20,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from quatcache.encoders.serialised import JSON
 from quatcache.errors import FormatError, ModelDefinitionError
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "packed_tensors",
     "tensor_digest",
     "tensors_in",
+    "weight_facts",
 ]
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -228,6 +230,28 @@ def tensor_digest(tensor: Tensor) -> str:
     if plain.is_quantized:
         plain = plain.dequantize()
     return _hash(plain) if plain.device.type == "cpu" else _remembered_digest(tensor, plain)
+
+
+def weight_facts(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, JSON]:
+    """Digest tensors by name, and name their dtypes in one fact of its own.
+
+    Args:
+        tensors: Tensors by name; two names of one tensor are digested once.
+        prefix: Put between "weights." and every name, with its dot.
+
+    Returns:
+        "weights.<name>": digest for every tensor, and "dtype": the floating dtypes joined by "+".
+    """
+    digests: dict[int, str] = {}
+    facts: dict[str, JSON] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in digests:
+            digests[id(tensor)] = tensor_digest(tensor)
+        facts[f"weights.{prefix}{name}"] = digests[id(tensor)]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    if dtypes:
+        facts[f"{prefix}dtype"] = "+".join(sorted(dtypes))
+    return facts
 
 
 def _remembered_digest(tensor: Tensor, plain: Tensor) -> str:

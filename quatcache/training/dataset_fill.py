@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import LAYOUTS
@@ -22,6 +21,7 @@ from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
 from quatcache.training.calls import WINDOW
+from quatcache.training.chunk_loading import load_chunks
 from quatcache.training.columns import ColumnsInMaking, Part
 from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.extracted import ExpectedRows
@@ -214,15 +214,7 @@ class DatasetFill:
             num_workers: Processes that read.
             context: How they are started.
         """
-        loader = DataLoader(
-            self.chunk_reader,
-            batch_sampler=_Lists(batches),
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_share_by_name,
-            multiprocessing_context=context if num_workers else None,
-        )
-        return self._started(loader)
+        return load_chunks(self.chunk_reader, batches, num_workers, context, self.name)
 
     def gather(self, parts: Iterable[Part | None], expected: Mapping[str, ExpectedRows]) -> bool:
         """Take over what ranks have read of what :meth:`plan` found unread.
@@ -274,18 +266,6 @@ class DatasetFill:
         """Do not keep targets if the rank that read others could not."""
         if reason is not None and self.targets:
             self.targets, self._targets_reason = False, reason
-
-    def _started(self, loader: DataLoader[Any]) -> Iterator[Chunk]:
-        """Start the workers, if there are any."""
-        try:
-            return iter(loader)
-        except Exception as error:
-            if not loader.num_workers or "pickle" not in str(error):
-                raise
-            raise ConfigError(
-                f"the {self.name} dataset, an encoder or a key extractor cannot be sent to the workers of the fill "
-                f"({error}); define it at the top of a module, or leave num_workers unset."
-            ) from error
 
     def settle(self, columns: ColumnsInMaking) -> None:
         """Take over what is known of every sample."""
@@ -339,22 +319,3 @@ class DatasetFill:
             encoder.refuse_misses(self.name, numbers.reshape(-1))
             rows[encoder.name] = torch.from_numpy(numbers)
         return CachedColumns(rows, self.table.targets if self.targets else None, LAYOUTS[self.table.layout])
-
-
-class _Lists(Sampler[list[int]]):
-    """Yields chunks of indices as lists of Python ints."""
-
-    def __init__(self, batches: Iterable[Sequence[int] | npt.NDArray[np.int64]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (np.asarray(batch).tolist() for batch in self._batches)
-
-
-def _share_by_name(worker: int) -> None:
-    """Send tensors of a chunk by name: by descriptor, 512 items would use up the descriptors of a process."""
-    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk

@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from quatcache.data.batches import INDICES, Batch, BatchReader
+from quatcache.data.batches import INDICES, Batch, BatchReader, as_it_is
 from quatcache.training.gathering import Drawn, RowGatherer
 from quatcache.training.index_batches import IndexBatch, IndexBatches
 
-__all__ = ["Aside", "GatheringLoader", "MemoryLoader", "as_it_is"]
-
-
-def as_it_is(batch: Any) -> Any:
-    """Give a batch that a dataset made whole."""
-    return batch
+__all__ = ["Aside", "GatheringLoader", "MemoryLoader"]
 
 
 @dataclass

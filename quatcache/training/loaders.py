@@ -17,10 +17,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from quatcache.data.batches import BatchReader, CachedColumns
+from quatcache.data.batches import BatchReader, CachedColumns, as_it_is
 from quatcache.errors import LoaderError
 from quatcache.training.gathering import DRAWN, Drawn, RowGatherer, batches_in
-from quatcache.training.gathering_loaders import Aside, GatheringLoader, MemoryLoader, as_it_is
+from quatcache.training.gathering_loaders import Aside, GatheringLoader, MemoryLoader
 from quatcache.training.keying import ChunkReader
 from quatcache.training.lightning import Trainer
 from quatcache.training.meeting import MeetingReader, StreamCollate

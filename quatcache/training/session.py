@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder
 from quatcache.encoders.cached import CachedEncoder
@@ -36,14 +35,14 @@ from quatcache.training.guards import (
     refuse_transfer_hooks,
 )
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
-from quatcache.training.loaders import Meeting, checked_loader, convert_loader, replace_rows
-from quatcache.training.meeting import Meetings, MetSamples
+from quatcache.training.loaders import checked_loader, convert_loader, replace_rows
 from quatcache.training.placement import Placement, place_rows, where_rows_come
 from quatcache.training.receipt import Receipt
 from quatcache.training.report import CacheReport
+from quatcache.training.run_datasets import RunDatasets
 from quatcache.training.run_fill import RunFill
 from quatcache.training.sources import LoaderSources
-from quatcache.training.views import ViewChoice, Views
+from quatcache.training.views import Views
 
 __all__ = ["CacheSession"]
 
@@ -86,13 +85,9 @@ class CacheSession:
         self._fill = RunFill(
             trainer, module, self._config, self._real, self._cached, self._reader, self.report, self._check, back
         )
-        self._meetings = Meetings(self._fill.encoders, self._config.batch_size)
-        self._columns: dict[int, CachedColumns] = {}
-        self._datasets: dict[int, DatasetFill] = {}
+        self._datasets = RunDatasets(trainer, self._fill, self._config.batch_size, self._place_and_tell)
         self._handed_out: set[tuple[int, str]] = set()
-        self._met: dict[int, MetSamples] = {}
         self._placed: dict[str, Placement] = {}
-        self._choices: list[ViewChoice] = []
         self._finished = False
         if self._cached:
             refuse_transfer_hooks(module, trainer)
@@ -105,7 +100,7 @@ class CacheSession:
         for name, deferred in self._waiting.items():
             deferred.listeners.append(partial(self._see_loaded, name))
         self._quiet: list[Any] = []
-        self._gather = RowGatherer(self.look, self._meetings.answer)
+        self._gather = RowGatherer(self.look, self._datasets.meetings.answer)
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
         self.guard = FrozenGuard(cached)
         self.sources = LoaderSources(trainer, self._convert)  # last: nothing is exchanged before an error
@@ -127,58 +122,19 @@ class CacheSession:
         if not self._cached or self._gather.aside:
             return convert_loader(checked, self._collates(self._real), self._reader, None, None)
         key = id(checked.dataset)
-        if (key, name) in self._handed_out and key in self._columns and not self._is_as_it_was(key):
-            del self._columns[key]  # a reload hook edited the dataset in place
-            if key in self._met:
-                del self._meetings.met[self._met.pop(key).fill.number]
+        if (key, name) in self._handed_out:
+            self._datasets.forget_if_edited(key)
         self._index([(checked, name)])
         self._handed_out.add((key, name))
         others = self._collates([name for name in self._real if name not in self._cached])
         plain = partial(self._collates, self._real)
-        columns, meeting = self._known(checked)
-        views = self._views(key, name)
+        columns, meeting = self._datasets.known(checked)
+        views = self._datasets.views(key, name)
         converted = convert_loader(checked, others, self._reader, columns, self._gather, plain, meeting, views)
         if isinstance(converted, MemoryLoader):  # Lightning advises workers for it; it reads nothing they could read
             warnings.filterwarnings("ignore", message=f".*'{name.split()[0]}_dataloader' does not have many workers")
             self._quiet.append(warnings.filters[0])
         return converted
-
-    def _known(self, loader: DataLoader[Any]) -> tuple[CachedColumns | None, Meeting | None]:
-        """Say what is cached of the dataset of a loader, and how what is not comes to be."""
-        if isinstance(loader.dataset, IterableDataset):
-            return None, Meeting(self._fill.stream_reader())
-        key = id(loader.dataset)
-        columns, met = self._columns[key], self._met.get(key)
-        if met is None and columns.complete:
-            return columns, None
-        if met is not None and loader.num_workers:
-            met.share()
-        return columns, Meeting(self._datasets[key].chunk_reader, partial(self._columns_now, key))
-
-    def _views(self, key: int, name: str) -> tuple[Views, ViewChoice] | None:
-        """Choose among the views of a dataset: in training by epoch, else always the same."""
-        views = self._datasets[key].dataset if key in self._datasets else None
-        if not isinstance(views, Views):
-            return None
-        choice = ViewChoice(views.count)
-        if name.split()[0] == "train":
-            self._choices.append(choice)
-        return views, choice
-
-    def _columns_now(self, key: int) -> CachedColumns:
-        """Give what is known of a dataset at the start of an epoch."""
-        if key in self._met and self._trainer.world_size > 1:  # other ranks have met other samples
-            self._fill.refresh()
-        self._settle_if_met(key)
-        return self._met[key].columns if key in self._met else self._columns[key]
-
-    def _settle_if_met(self, key: int) -> None:
-        met = self._met.get(key)
-        if met is not None and met.complete:
-            del self._met[key], self._meetings.met[met.fill.number]
-            self._fill.settle(met)
-            self._settle({key: met.fill})
-            logger.info(self.report.line())
 
     def _collates(self, names: Iterable[str]) -> dict[str, Callable[[Sequence[Any]], Any]]:
         return {name: self._real[name].collate_fn() for name in names}
@@ -211,9 +167,7 @@ class CacheSession:
         Raises:
             NotFrozenError: An encoder was unfrozen under DDP, which was told to leave frozen encoders alone.
         """
-        for choice in self._choices:
-            # as Lightning tells samplers; after a resume current_epoch lags behind when loaders are asked for iterators
-            choice.begin(self._trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        self._datasets.choose_views()
         if self._gather.aside:
             replace_rows(batch, self._trainer)  # some of Lightning's fetchers are a batch ahead
             return
@@ -251,7 +205,7 @@ class CacheSession:
             if isinstance(loader.dataset, IterableDataset):
                 streams = True
                 continue
-            if id(loader.dataset) not in self._columns:
+            if id(loader.dataset) not in self._datasets.columns:
                 fresh.setdefault(id(loader.dataset), []).append((loader, name))
         if not fresh and (self._fill.encoders or not streams):
             return
@@ -263,14 +217,13 @@ class CacheSession:
             if parts or streams:
                 self._fill.meet(parts)
                 self.report.met = True
-            if streams and not fresh and not self._columns:
+            if streams and not fresh and not self._datasets.columns:
                 self.report.labels, self.report.labels_reason = False, "a stream gives them in each epoch"
             if whole:
                 self._fill.fill(whole, fresh[next(iter(whole))][0][0].multiprocessing_context)
-            for key, fill in parts.items():
-                self._meet(key, fill)
-        self._datasets.update({**whole, **parts})
-        self._settle(whole)
+            self._datasets.meet(parts)
+        self._datasets.settle(whole)
+        self._place()
         self._fill.note()
         self.guard.remember()
         self._swap()
@@ -285,25 +238,16 @@ class CacheSession:
         little = all(takes_little(self._trainer, loader, name, views) for loader, name in loaders)
         return self._config.fill == "eager" and not little
 
-    def _is_as_it_was(self, key: int) -> bool:
-        self._settle_if_met(key)
-        with isolate_rng():
-            return key not in self._met and self._datasets[key].still_holds()
+    def _place_and_tell(self) -> None:
+        self._place()
+        logger.info(self.report.line())
 
-    def _meet(self, key: int, fill: DatasetFill) -> None:
-        """Index a dataset as its samples are met; it may be that all were met in earlier runs."""
-        met = MetSamples(fill)
-        self._columns[key] = met.columns
-        self._met[key] = self._meetings.met[fill.number] = met
-
-    def _settle(self, fills: Mapping[int, DatasetFill]) -> None:
-        """Take over what is known of datasets that are indexed whole, and put the rows where training wants them."""
-        for key, fill in fills.items():
-            self._columns[key] = fill.columns()
-        coming = bool(self._met) or not self._columns
+    def _place(self) -> None:
+        """Put the rows where training wants them."""
+        stay = self._datasets.rows_are_coming or self._finished
         device, ranks = self._module.device, self._trainer.num_devices
         self._gather.device = device if fetches(device) else None
-        if not (coming or self._finished) and all(columns.complete for columns in self._columns.values()):
+        if not self._finished and self._datasets.rows_are_complete:
             self._moves.leave()  # before rows are placed: they may take the room
         placed: dict[tuple[int, CacheType], Placement] = {}  # encoders may share a store
         for name, encoder in self._fill.encoders.items():
@@ -313,7 +257,7 @@ class CacheSession:
                 memory_map = self._config.memory_map
                 placed[place] = (
                     where_rows_come(encoder.store)
-                    if coming or encoder.declines or self._finished
+                    if stay or encoder.declines
                     else place_rows(name, encoder.store, asked, device, memory_map=memory_map, ranks=ranks)
                 )
             self._gather.stores[name] = placed[place].store
@@ -337,8 +281,7 @@ class CacheSession:
     def finish(self) -> None:
         """Commit the rows that were cached as they were met, and bring the report up to date."""
         self._finished = True
-        for key in list(self._met):
-            self._settle_if_met(key)
+        self._datasets.settle_met()
         self._fill.close()
         self.tell()
 

@@ -136,9 +136,9 @@ def test_a_move_that_is_not_understood_loads(tiny):
 
 def test_loading_leaves_random_numbers_and_inference_mode_alone(tiny, adapter):
     class Drawing(adapter):
-        def _load_deferred(self):
+        def _load_model(self, *source):
             torch.rand(1), random.random(), np.random.rand()  # as weights do that are made before they are read
-            return super()._load_deferred()
+            return super()._load_model(*source)
 
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     expected = torch.rand(1).item(), random.random(), np.random.rand()
@@ -154,8 +154,8 @@ def test_loading_leaves_random_numbers_and_inference_mode_alone(tiny, adapter):
 
 def test_default_dtype_of_a_step_does_not_matter(tiny):
     class Computing(SentenceTransformerEncoder):
-        def _load_deferred(self):
-            model = super()._load_deferred()
+        def _load_model(self, *source):
+            model = super()._load_model(*source)
             model.register_buffer("frequencies", torch.ones(3))  # as rotary embeddings compute theirs
             return model
 

@@ -18,20 +18,6 @@ from quatcache.heads.pooling import pool
 TEXTS = ["acute myocardial infarction", "cholera", "Injury of the left ankle, subsequent encounter", "a"]
 
 
-@pytest.fixture(scope="module")
-def bert(minilm_path):
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(minilm_path)
-
-
-@pytest.fixture
-def tokenizer(minilm_path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(minilm_path)
-
-
 def rows(encoder, items=TEXTS):
     with torch.no_grad():
         return encoder(encoder.collate(items))
@@ -74,13 +60,6 @@ def test_prompt_comes_before_every_text(bert, tokenizer):
     with_prompt = TransformersEncoder(bert, tokenizer, prompt="query: ")
     plain = TransformersEncoder(bert, tokenizer)
     assert torch.equal(rows(with_prompt, ["a", "b c"]), rows(plain, ["query: a", "query: b c"]))
-
-
-def test_side_of_truncation_is_kept_from_the_callers_tokenizer(bert, tokenizer):
-    encoder = TransformersEncoder(bert, tokenizer, max_length=4, truncation_side="left")
-    assert tokenizer.decode(encoder.collate(["one two three"])["input_ids"][0]) == "[CLS] two three [SEP]"
-    assert tokenizer.truncation_side == "right"
-    assert encoder.tokenizer.truncation_side == "left"
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(64, 64), (10**30, 512), (2000, 512)])
@@ -134,11 +113,6 @@ def test_subclass_with_a_collate_of_its_own_is_not_bypassed(bert, tokenizer):
     assert encoder.collate(["cholera"])["input_ids"].tolist() == expected
 
 
-def test_items_are_seen_whole_and_cost_their_characters(bert, tokenizer):
-    encoder = TransformersEncoder(bert, tokenizer)
-    assert (encoder.content("a text"), encoder.length("a text"), encoder.embedding_size) == ("a text", 6, 384)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -150,18 +124,6 @@ def test_items_are_seen_whole_and_cost_their_characters(bert, tokenizer):
 def test_wrong_setting_is_named(bert, tokenizer, settings, message):
     with pytest.raises(ConfigError, match=message):
         TransformersEncoder(bert, tokenizer, **settings)
-
-
-def test_wrong_model_or_tokenizer_is_named(bert, tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="BertModel came without a tokenizer; pass tokenizer="):
-        TransformersEncoder(bert)
-    with pytest.raises(ConfigError, match="model is a int; pass a directory"):
-        TransformersEncoder(3)
-    with pytest.raises(ConfigError, match="missing is not a directory"):
-        TransformersEncoder(tmp_path / "missing")
-    tokenizer.pad_token = None
-    with pytest.raises(ConfigError, match=r"has no pad_token.*set tokenizer\.pad_token"):
-        TransformersEncoder(bert, tokenizer)
 
 
 def test_model_without_hidden_states_is_named(bert, tokenizer):
@@ -211,11 +173,3 @@ def test_damaged_model_is_named(bert, tokenizer, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(FormatError, match="model cannot be loaded"):
         TransformersEncoder.load(tmp_path)
-
-
-@pytest.mark.parametrize("settings", [{}, {"prompt": "a long prompt: "}, {"max_length": 6, "truncation_side": "left"}])
-def test_token_counts_are_those_of_collate(bert, tokenizer, settings):
-    encoder = TransformersEncoder(bert, tokenizer, **settings)
-    items = ["a text", "", "many words " * 500, "x" * 5000]
-    assert encoder.token_counts(items) == encoder.collate(items)["attention_mask"].sum(1).tolist()
-    assert encoder.token_counts([("a", "pair")]) is None

@@ -17,8 +17,7 @@ from quatcache.errors import (
     StoreError,
 )
 from quatcache.sequences import PaddedSequences
-from quatcache.store import CacheDirectory, DatasetTable, DiskStore
-from quatcache.store import export as export_module
+from quatcache.store import CacheDirectory, DatasetTable, DiskStore, selection
 from quatcache.store.export import export_rows
 from quatcache.store.inspection import inspect_cache
 from quatcache.store.manifest import MANIFEST_NAME, Manifest
@@ -185,7 +184,7 @@ def test_rows_are_written_in_blocks(tmp_path, monkeypatch, suffix):
         pytest.importorskip("pyarrow")
     store_rows(tmp_path / "cache", numbers=tuple(range(10)), commits=3)
     export(tmp_path / "cache", tmp_path / f"whole{suffix}")
-    monkeypatch.setattr(export_module, "BLOCK_BYTES", 4 * 8)  # four rows of two floats
+    monkeypatch.setattr(selection, "BLOCK_BYTES", 4 * 8)  # four rows of two floats
     told = []
     export(tmp_path / "cache", tmp_path / f"blocks{suffix}", advance=told.append)
     assert told == [4, 4, 2]
@@ -278,7 +277,7 @@ def test_export_that_breaks_off_leaves_the_old_files_and_no_new_ones(tmp_path, m
     target = tmp_path / f"v{suffix}"
     export(tmp_path / "cache", target)
     before = {name: (tmp_path / name).read_bytes() for name in names_in(tmp_path) if name != "cache"}
-    monkeypatch.setattr(export_module, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(selection, "BLOCK_BYTES", 16)
 
     def interrupt(rows):
         raise KeyboardInterrupt
@@ -356,7 +355,7 @@ def lists_in(target):
 
 @pytest.mark.parametrize("block", [8, 1 << 20])
 def test_sequences_are_exported_as_elements_and_offsets_or_as_lists(tmp_path, parquet, monkeypatch, block):
-    monkeypatch.setattr(export_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(selection, "BLOCK_BYTES", block)
     home = store_rows(tmp_path / "cache", numbers=tuple(range(9)), rows=sequences_of(*range(9)), commits=3)
     add_rows(home, 2, rows=sequences_of(7))  # of a key that was put twice the later sequence counts
     expected = {number: SPELT[7 if number == 2 else number] for number in range(9)}
@@ -376,7 +375,7 @@ def test_sequences_are_exported_as_elements_and_offsets_or_as_lists(tmp_path, pa
 
 @pytest.mark.parametrize("block", [8, 1 << 20])
 def test_sequences_of_a_dataset_are_exported_in_its_order(tmp_path, parquet, monkeypatch, block):
-    monkeypatch.setattr(export_module, "BLOCK_BYTES", block)
+    monkeypatch.setattr(selection, "BLOCK_BYTES", block)
     root, order = tmp_path / "cache", (5, 3, 3, 0, 8, 6)
     store_rows(root, numbers=tuple(range(9)), rows=sequences_of(*range(9)), commits=3)
     single = store_table(root, order, [torch.arange(6)])

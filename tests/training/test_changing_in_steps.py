@@ -243,7 +243,7 @@ def test_reloading_forgets_what_it_replaced():
 
         def on_train_epoch_end(self, trainer, pl_module):
             session = pl_module.cache_callback._session
-            self.met += (len(session._meetings.met),)
+            self.met += (len(session._datasets.meetings.met),)
 
     counts, data = Counts(), Texts(texts(60))
 
