@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset as HuggingFaceDataset
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import CombinedLoader
+from torch.utils.data import get_worker_info
 
 from quatcache import CacheConfig
 from quatcache.data import read_sample
@@ -43,6 +44,28 @@ def test_workers_that_are_spawned_give_the_same_batches(kind, cache):
         return model
 
     assert same_run(run(), run(num_workers=1, multiprocessing_context="spawn"))
+
+
+HERE = []
+
+
+class NotForked(Texts):
+    """Cannot be read in a process that has what this one has in memory."""
+
+    def __getitem__(self, index):
+        assert get_worker_info() is None or not HERE, "forked"
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [CacheConfig(num_workers=1, labels=True), CacheConfig(labels=False)],
+    ids=["in the fill", "in training"],
+)
+def test_workers_are_spawned_where_the_user_says_so(cache, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.HERE", [True])
+    train = loader(NotForked(texts(16)), num_workers=1, multiprocessing_context="spawn")
+    fit(Model(cache=cache), train, max_epochs=1)
 
 
 def test_a_sample_hook_decides_what_is_encoded():
