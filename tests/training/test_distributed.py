@@ -241,6 +241,19 @@ def test_ranks_with_data_of_their_own_fill_one_after_the_other(runs, uncached):
 
 
 @linux_only
+def test_a_rank_that_is_done_waits_without_a_collective_for_one_that_has_data_of_its_own(runs, uncached):
+    waiting = context().Semaphore(0)
+
+    def settings(rank):
+        if rank == 1:  # it fills when rank 0 is done
+            return {"happens": partial(block, waiting=waiting)}
+        return {"said": partial(tell_waiting, waiting=waiting)}
+
+    results = runs.run(2, settings, own_data=True, timeout=8, message_seconds=9)
+    assert steps(results) == uncached(2, own_data=True)
+
+
+@linux_only
 def test_ranks_with_data_of_their_own_and_extracted_keys_do_not_wait_for_each_other_for_ever(runs, tmp_path):
     results = runs.run(2, own_data=True, extractor=whole_text)
     own = Counter({f"{text} of rank {rank}" for rank in range(2) for text in samples(MANY)[0].texts})
