@@ -68,6 +68,17 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     assert found.uncached_epoch == pytest.approx(1.0 + 42 * 3.0 / 40)
 
 
+def test_encoding_in_steps_counts_as_filling_and_not_as_an_epoch_from_the_cache(monkeypatch):
+    for module, step in (("receipt", 10.0), ("encoder_fill", 0.25), ("session", 0.0)):
+        monkeypatch.setattr(f"quatcache.training.{module}.time", Ticking(step))
+    model = Model(cache=CacheConfig(fill="lazy"))
+    fit(model, loader(Texts(texts(40))))
+    found = model.cache_callback.report
+    spent = 5 * 0.5  # five steps, in each of which items are sorted and encoded
+    assert found.epoch_seconds == [10.0 - spent, 10.0]
+    assert found.fill_seconds == spent
+
+
 def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
     monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
