@@ -1,9 +1,9 @@
 """Averages of weights, as callbacks of Lightning keep them, in which a frozen encoder stays what it is.
 
-Such a callback has a copy of the whole model. It averages a frozen encoder with itself, puts the average in the place of
-the weights for each validation, and for good in the end. But ``0.9 * w + 0.1 * w`` is not ``w`` in floating point: the
-encoder would become another one by rounding alone. A validation that must encode would be refused for changed weights,
-and the next run would find no row of that encoder. So before the average is used, it gets the encoder as it is.
+Such a callback has a copy of the whole model. It averages a frozen encoder with itself, puts the average in the place
+of the weights for each validation, and for good in the end. But ``0.9 * w + 0.1 * w`` is not ``w`` in floating point:
+the encoder would become another one by rounding alone. A validation that must encode would be refused for changed
+weights, and the next run would find no row of that encoder. So before an average is used, it gets the encoder as it is.
 
 What is trained, and what was unfrozen, is averaged as the callback has it.
 """

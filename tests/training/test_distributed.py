@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch.nn.parallel import DistributedDataParallel
 
 from quatcache.training import distributed
 from tests.committed import committed_rows, only_store, texts_by_key
@@ -180,6 +181,22 @@ def test_the_index_tables_are_those_of_one_process(runs, tmp_path):
     runs.run(2)
     assert len(tables(runs)) == 2
     assert tables(runs) == tables(alone)
+
+
+def no_frozen_buffers():
+    """Have the setup of DDP fail if it would send frozen encoders around."""
+    make = DistributedDataParallel.__init__
+
+    def checked(self, *arguments, **settings):
+        make(self, *arguments, **settings)
+        assert not [name for name in self.named_module_buffers if "encoders." in name]
+
+    DistributedDataParallel.__init__ = checked
+
+
+@linux_only
+def test_frozen_encoders_are_not_sent_around_by_ddp(runs):
+    assert all(result["train"] for result in runs.run(2, fill=no_frozen_buffers, count=60))
 
 
 @linux_only

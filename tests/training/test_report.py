@@ -142,6 +142,20 @@ def test_loggers_get_the_numbers(tmp_path):
     assert int(last["step"]) == run.global_step
 
 
+def test_what_is_logged_is_what_was_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("quatcache.training.session.time", Ticking(8.0))
+    for count in (10, 50):
+        model, logger = Model(cache=CacheConfig(save_dir=tmp_path / "cache")), CSVLogger(tmp_path, name=str(count))
+        fit(model, loader(Texts(texts(count, 30))), logger=logger)
+    logger.finalize("success")
+    with (tmp_path / "50" / "version_0" / "metrics.csv").open() as file:
+        (last,) = [row for row in csv.DictReader(file) if row.get("cache/rows")]
+    logged = {name.removeprefix("cache/"): float(value) for name, value in last.items() if name.startswith("cache/")}
+    counts = {"rows": 30.0, "bytes": 30 * 16 * 4.0, "encoded": 20.0, "encoded_in_steps": 0.0, "hits": 20.0}
+    assert {name: logged[name] for name in counts} == counts
+    assert (logged["duplicates"], logged["fill_seconds"]) == (10.0, 8.0)
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_table_is_shown_where_there_are_progress_bars(capsys, shown):
     fit(Model(cache=CacheConfig()), loader(Texts(texts(40))), enable_progress_bar=shown)

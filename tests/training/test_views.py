@@ -260,7 +260,7 @@ GOLDEN = [
     (0.4438542742528877, 0.9894250503381802, 0.23011654723606434),
     (0.5967335138917975, 0.6207782254837636, 0.440392506216877),
 ]
-"""What Python, NumPy and torch draw for views 0 and 1 of sample 0, and view 3 of sample 4: rows of old runs go by it."""
+"""What Python, NumPy and torch draw for two views of sample 0 and one of sample 4: rows of old runs go by it."""
 
 
 def test_views_are_the_same_in_every_process_and_version():
