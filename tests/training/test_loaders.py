@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset as HuggingFaceDataset
+from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import CombinedLoader
 from torch.utils.data import get_worker_info
@@ -80,7 +81,8 @@ def test_a_cached_loader_is_not_blamed_for_having_no_workers():
         fit(Model(cache=CacheConfig()), loader(Texts(texts(16))), loader(Texts(texts(8))))
         assert not [each for each in told if "workers" in str(each.message)]
         fit(Model(cache=CacheConfig(labels=False)), loader(Texts(texts(16))))
-    assert torch.get_num_threads() == 1 or [each for each in told if "workers" in str(each.message)]
+    few_processors = suggested_max_num_workers(1) < 2  # then Lightning suggests no workers
+    assert few_processors or [each for each in told if "workers" in str(each.message)]
 
 
 def test_a_model_can_be_copied_in_the_middle_of_a_cached_fit():
