@@ -7,7 +7,6 @@ import pickle
 import warnings
 
 import pytest
-import torch
 from datasets import Dataset as HuggingFaceDataset
 from lightning_fabric.utilities.data import suggested_max_num_workers
 from pytorch_lightning.callbacks import Callback

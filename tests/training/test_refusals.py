@@ -246,13 +246,14 @@ class TestData:
         with pytest.raises(LoaderError, match=message):
             run(train=given(Texts(texts(20))))
 
-
     def test_a_dataset_without_a_length(self):
         class Lengthless:
             def __getitem__(self, index):
                 return f"text {index}", 0
 
-        with pytest.raises(ConfigError, match="the train dataset is a Lengthless without length and index, so .*map-s"):
+        with pytest.raises(
+            ConfigError, match=r"the train dataset is a Lengthless without length and index, so .*map-s"
+        ):
             run(train=DataLoader(Lengthless(), batch_sampler=[[0, 1], [2, 3]]))
 
     @pytest.mark.parametrize("cache", [None, CacheConfig()])
