@@ -109,7 +109,8 @@ def acts_on_steps(callback: Callback) -> bool:
 def averages_of(trainer: Trainer) -> list[Any]:
     """Give the copies of the model in which callbacks of Lightning's own average its weights."""
     averages = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [average.module for average in averages if isinstance(average, AveragedModel)]
+    models = (average.module for average in averages if isinstance(average, AveragedModel))
+    return [model for model in models if isinstance(model, LightningModule)]  # one of users may be of a part
 
 
 def looks_in_passing(module: LightningModule) -> bool:

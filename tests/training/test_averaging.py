@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pytorch_lightning import callbacks
+from torch.optim.swa_utils import AveragedModel
 
 from quatcache import CacheConfig
 from quatcache.encoders import SentenceTransformerEncoder
@@ -66,6 +67,19 @@ def test_what_trains_is_averaged(tmp_path):
     fit(plain, loader(Texts(texts(40))), max_steps=4)
     assert model.train_losses == plain.train_losses
     assert not torch.equal(model.encoders["default"].matrix, plain.encoders["default"].matrix)
+
+
+class OfTheHead(callbacks.Callback):
+    """Averages a part of the model, in an attribute that is named like Lightning's."""
+
+    def setup(self, trainer, pl_module, stage):
+        self._average_model = AveragedModel(pl_module.head)
+
+
+def test_an_average_of_a_part_is_left_alone():
+    model = Model(cache=CacheConfig())
+    fit(model, loader(Texts(texts(16))), loader(Texts(texts(8))), callbacks=[OfTheHead()])
+    assert model.cache_callback.report.encoded == 16
 
 
 class Keeps(callbacks.Callback):
