@@ -23,7 +23,7 @@ from quatcache.data.samples import (
     common_layout,
     target_columns,
 )
-from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
+from quatcache.errors import CollateError, ConfigError, QuatcacheError, SampleError, shorten
 
 __all__ = [
     "INDICES",
@@ -72,6 +72,11 @@ class CachedColumns:
     rows: Mapping[str, torch.Tensor]
     targets: tuple[torch.Tensor, ...] | None
     layout: SampleLayout
+
+    @property
+    def size(self) -> int:
+        """Samples of the dataset."""
+        return next(len(rows) for rows in self.rows.values())
 
     @property
     def complete(self) -> bool:
@@ -199,6 +204,19 @@ class BatchReader(Dataset[Any]):
                 return None
             column[places] = fresh
         return Batch(self._numbers(self.columns, where), self.columns.layout.loss_arguments(targets))
+
+    def check_size(self) -> None:
+        """Refuse a dataset that became longer or shorter since it was cached: its rows may be those of others now.
+
+        Raises:
+            ConfigError: It has.
+        """
+        if self.columns is not None and len(self.dataset) != self.columns.size:
+            raise ConfigError(
+                f"the dataset ({type(self.dataset).__name__}) has {len(self.dataset):,} samples and had "
+                f"{self.columns.size:,} when it was cached in this run; give the trainer "
+                "reload_dataloaders_every_n_epochs=1, so that what is new gets cached as well."
+            )
 
     def positions(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Give the indices of a batch as the dataset understands them; see :func:`positions_of`."""

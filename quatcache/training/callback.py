@@ -94,7 +94,13 @@ class CacheCallback(Callback):
         """Note what the epoch took."""
         if self._session is not None:
             self._session.receipt.end_epoch()
+            self._session.keep_frozen()
         self._conclude(pl_module, "train")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the averages which some callbacks validate with have the same frozen encoders."""
+        if self._session is not None:
+            self._session.keep_frozen()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the mean loss if the last batch came early."""

@@ -67,7 +67,11 @@ class GatheringLoader(DataLoader[Any]):
         self.gather.look()
         if self.gather.aside:
             return self.aside.epoch(self)  # type: ignore[no-any-return]
+        self._check()
         return map(self._serve, super().__iter__())
+
+    def _check(self) -> None:
+        self.dataset.check_size()  # type: ignore[attr-defined]
 
     def _serve(self, batch: Batch) -> Batch:
         drawn = Drawn(self.aside.batch, self._drawn(batch))
@@ -122,6 +126,7 @@ class MemoryLoader(DataLoader[Any]):
         self.gather.look()
         if self.gather.aside:
             return self.aside.epoch(self)
+        self.dataset.check_size()  # type: ignore[attr-defined]
         device, reader = self.gather.resident, self.dataset
         if device is not None:
             reader = reader.with_columns(self.gather.columns_on(device, reader.columns))  # type: ignore[attr-defined]

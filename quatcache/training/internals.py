@@ -11,10 +11,13 @@ import sys
 from types import FrameType
 from typing import Any
 
+from torch.optim.swa_utils import AveragedModel
+
 from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer, pl
 
 __all__ = [
     "acts_on_steps",
+    "averages_of",
     "give_loaders",
     "is_attached",
     "is_bookkeeping",
@@ -101,6 +104,13 @@ def acts_on_steps(callback: Callback) -> bool:
     """Say whether a callback of Lightning's own acts on the loss of a step, or may end the run after any step."""
     by_steps = getattr(callback, "_every_n_train_steps", 0) or getattr(callback, "_train_time_interval", None)
     return bool(by_steps) or isinstance(callback, pl.callbacks.Timer)
+
+
+def averages_of(trainer: Trainer) -> list[Any]:
+    """Give the copies of the model in which callbacks of Lightning's own average its weights."""
+    averages = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    models = (average.module for average in averages if isinstance(average, AveragedModel))
+    return [model for model in models if isinstance(model, LightningModule)]  # one of users may be of a part
 
 
 def looks_in_passing(module: LightningModule) -> bool:

@@ -61,6 +61,10 @@ class MeetingReader(Dataset[Any]):
         """Read with another reader, once every sample has a row."""
         return inner
 
+    def check_size(self) -> None:
+        """Refuse a dataset that became longer or shorter; see :meth:`BatchReader.check_size`."""
+        self.plain.check_size()
+
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.plain)

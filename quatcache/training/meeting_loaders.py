@@ -94,6 +94,9 @@ class StreamAside:
 class StreamLoader(GatheringLoader):
     """A loader of an iterable dataset, all of whose samples are looked up by key."""
 
+    def _check(self) -> None:
+        """Do without: a stream has no length."""
+
     def _drawn(self, batch: Batch) -> Any:
         return batch  # a stream cannot be asked for it again
 

@@ -21,6 +21,7 @@ from quatcache.encoders.cached import CachedEncoder
 from quatcache.encoders.deferred import is_loaded
 from quatcache.errors import NotFrozenError
 from quatcache.store.transfer import fetches
+from quatcache.training.averaging import keep_frozen
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.encoder_moves import EncoderMoves
@@ -277,6 +278,10 @@ class CacheSession:
         for name in self._cached:
             if not isinstance(self._encoders[name], CachedEncoder):
                 self._encoders[name] = CachedEncoder(self._real[name], self._moves)
+
+    def keep_frozen(self) -> None:
+        """Have averages of the weights keep frozen encoders as they are."""
+        keep_frozen(self._trainer, self._real)
 
     def finish(self) -> None:
         """Commit the rows that were cached as they were met, and bring the report up to date."""

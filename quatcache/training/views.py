@@ -176,6 +176,10 @@ class ViewReader(Dataset[Any]):
         """Read with another reader."""
         return ViewReader(inner, self.choice)
 
+    def check_size(self) -> None:
+        """Refuse a dataset that became longer or shorter; see :meth:`BatchReader.check_size`."""
+        self.inner.check_size()
+
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.inner) // self.choice.count

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from quatcache import CacheConfig, SimilarityPairSample
@@ -262,3 +263,32 @@ def test_a_label_that_changes_between_two_reads_is_not_kept():
     fit(model, loader(Relabelled(texts(21))))
     report = model.cache_callback.report
     assert not report.labels and "the target of item 7 differs between two reads" in report.labels_reason
+
+
+class ChangesLength(Callback):
+    """Adds to a dataset, or takes from it, after the first epoch."""
+
+    def __init__(self, data, by):
+        self.data, self.by = data, by
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self.by > 0:
+            self.data.texts += [f"new {number}" for number in range(self.by)]
+            self.data.groups += [0] * self.by
+        else:  # not at its end: the samples behind have other indices then
+            del self.data.texts[: -self.by], self.data.groups[: -self.by]
+
+
+@pytest.mark.parametrize("by", [4, -4])
+@pytest.mark.parametrize("cache", [{}, {"labels": False}, {"fill": "lazy"}, {"max_size": 1000}], ids=str)
+def test_another_length_within_a_fit_is_refused_unless_loaders_are_reloaded(cache, by):
+    def run(config, **settings):
+        data, model = Texts(texts(24)), Model(cache=config)
+        model.train_dataloader = lambda: loader(data, shuffle=True)
+        fit(model, None, callbacks=[ChangesLength(data, by)], max_epochs=2, **settings)
+        return model
+
+    remedy = {"reload_dataloaders_every_n_epochs": 1}
+    with pytest.raises(ConfigError, match=f"has {24 + by} samples and had 24 when it was cached in this run; give"):
+        run(CacheConfig(**cache))
+    assert same_run(run(None, **remedy), run(CacheConfig(**cache), **remedy))

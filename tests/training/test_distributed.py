@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch.nn.parallel import DistributedDataParallel
 
 from quatcache.training import distributed
 from tests.committed import committed_rows, only_store, texts_by_key
@@ -182,6 +183,22 @@ def test_the_index_tables_are_those_of_one_process(runs, tmp_path):
     assert tables(runs) == tables(alone)
 
 
+def no_frozen_buffers():
+    """Have the setup of DDP fail if it would send frozen encoders around."""
+    make = DistributedDataParallel.__init__
+
+    def checked(self, *arguments, **settings):
+        make(self, *arguments, **settings)
+        assert not [name for name in self.named_module_buffers if "encoders." in name]
+
+    DistributedDataParallel.__init__ = checked
+
+
+@linux_only
+def test_frozen_encoders_are_not_sent_around_by_ddp(runs):
+    assert all(result["train"] for result in runs.run(2, fill=no_frozen_buffers, count=60))
+
+
 @linux_only
 def test_an_item_that_cannot_be_read_ends_all_ranks_with_the_same_error(runs):
     results = runs.run(2, fails=True, survive=True)
@@ -238,6 +255,19 @@ def test_ranks_with_data_of_their_own_fill_one_after_the_other(runs, uncached):
     assert steps(results) == uncached(2, own_data=True)
     own = Counter({f"{text} of rank {rank}" for rank in range(2) for text in samples(MANY)[0].texts})
     assert runs.encoded() == own + Counter(set(samples(MANY)[1].texts))
+
+
+@linux_only
+def test_a_rank_that_is_done_waits_without_a_collective_for_one_that_has_data_of_its_own(runs, uncached):
+    waiting = context().Semaphore(0)
+
+    def settings(rank):
+        if rank == 1:  # it fills when rank 0 is done
+            return {"happens": partial(block, waiting=waiting)}
+        return {"said": partial(tell_waiting, waiting=waiting)}
+
+    results = runs.run(2, settings, own_data=True, timeout=8, message_seconds=9)
+    assert steps(results) == uncached(2, own_data=True)
 
 
 @linux_only

@@ -11,6 +11,7 @@ import pytest
 
 from quatcache.errors import StoreError
 from quatcache.store import DiskStore
+from quatcache.training.shared_steps import SharedSteps
 from tests.committed import committed_rows, only_store, texts_by_key
 from tests.processes import linux_only
 from tests.training.distributed_fit import BUDGET, fit_variant
@@ -41,6 +42,26 @@ def test_each_distinct_item_is_encoded_once_in_total(stream, runs, tmp_path):
     assert runs.left_behind() == []
     assert [result["encoded"] for result in runs.run(2, lazy=True, stream=stream)] == [0, 0]
     assert only_store(runs.save_dir).keys() == texts_by_key(once()).keys()
+
+
+def hand_on_or_fail():
+    """Have a rank fail that looks for rows of another while it holds back what it has encoded itself."""
+    hand_on, rows_of_others, handed_on = SharedSteps.hand_on, SharedSteps.rows_of_others, []
+
+    def noting(steps, turn):
+        hand_on(steps, turn)
+        handed_on.append(turn)
+
+    def checking(steps, turn):
+        assert handed_on and handed_on[-1] is turn
+        return rows_of_others(steps, turn)
+
+    SharedSteps.hand_on, SharedSteps.rows_of_others = noting, checking
+
+
+def test_a_rank_hands_on_its_rows_before_it_waits_for_those_of_others(runs):
+    runs.run(2, lazy=True, fill=hand_on_or_fail)
+    assert runs.encoded() == once()
 
 
 def test_rows_that_are_committed_meanwhile_are_found_in_the_store(runs):

@@ -152,6 +152,27 @@ def test_extracted_keys_decide_which_items_share_a_row():
     assert report.encoded == len({text.split()[0] for text in texts(40)})
 
 
+def first_letter(text):
+    return text[0]
+
+
+@pytest.mark.parametrize(
+    ("extractors", "rows"),
+    [
+        ({"a": first_letter, "b": len}, {"a": 2, "b": 3, "c": 4}),
+        ({"c": first_letter}, {"a": 4, "b": 4, "c": 2}),
+        (first_letter, {"a": 2, "b": 2, "c": 2}),
+    ],
+    ids=["two functions", "one encoder's function", "one function for all"],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_encoder_has_the_extractor_that_it_was_given(extractors, rows, workers):
+    encoders = {name: HashingEncoder(seed) for seed, name in enumerate("abc")}
+    model = Model(encoders, CacheConfig(key_extractors=extractors, num_workers=workers))
+    fit(model, loader(Texts(["oak", "acer", "olive", "alder", "oak"], range(5))))
+    assert {name: one.rows for name, one in model.cache_callback.report.encoders.items()} == rows
+
+
 def test_unlike_items_of_one_extracted_key_are_counted_and_shown_once(caplog):
     with caplog.at_level("WARNING", logger="quatcache"):
         run(Texts(["a first", "a second", "b", "a third"]), key_extractors=lambda text: text[0])

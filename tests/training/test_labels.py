@@ -71,6 +71,13 @@ def test_labels_true_caches_them_with_extractors_and_workers(settings):
     assert (report.labels, reads) == (True, 0)
 
 
+@pytest.mark.parametrize("settings", [{"key_extractors": str.upper}, {"key_extractors": str.upper, "num_workers": 2}])
+def test_labels_true_keeps_them_for_the_runs_that_follow(settings, tmp_path):
+    for samples in (40, 0):
+        report, reads = run(labels=True, save_dir=tmp_path, **settings)
+        assert (report.labels, report.read, reads) == (True, samples, 0)
+
+
 @pytest.mark.parametrize(
     ("groups", "reason"),
     [

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from quatcache import CacheConfig, CacheType
 from quatcache.training.gathering_loaders import MemoryLoader
@@ -118,6 +119,14 @@ def test_workers_hand_over_to_memory_once_all_were_met():
         assert same_run(model, plain)
 
 
+def test_persistent_workers_ask_for_no_sample_that_was_met_in_an_epoch_before():
+    data, model = Texts(texts(40)), Model({"default": HashingEncoder()}, lazy())
+    part = {"sampler": RandomSampler(data, num_samples=24), "num_workers": 1, "persistent_workers": True}
+    fit(model, lambda: loader(data, **part), max_epochs=4)
+    report = model.cache_callback.report.encoders["default"]
+    assert 24 < report.asked == report.encoded <= 40
+
+
 def test_samples_that_a_sampler_leaves_out_are_met_when_it_takes_them():
     watch = Watch(data := Texts(texts(40)))
 
@@ -182,6 +191,29 @@ def test_a_run_that_takes_little_fills_only_what_it_needs(setting):
     assert same_run(*models)
     assert models[0].cache_callback.report.encoded <= 32
     assert "as batches meet them" in models[0].cache_callback.report.line()
+
+
+def test_overfitting_a_few_batches_for_many_epochs_fills_these_only():
+    models = [Model({"default": HashingEncoder()}, cache) for cache in (CacheConfig(), None)]
+    for model in models:  # Lightning has the sampler not shuffle, so that they stay the same two
+        fit(model, lambda: loader(Texts(texts(160)), shuffle=True), overfit_batches=2, max_epochs=15)
+    assert same_run(*models)
+    assert models[0].cache_callback.report.encoded == 16
+
+
+class Unnumbered(Sampler):
+    """Batches without a length."""
+
+    def __iter__(self):
+        return iter([[place, place + 1] for place in range(0, 40, 2)])
+
+
+def test_a_trial_run_over_batches_without_a_number_fills_what_it_needs():
+    models = [Model({"default": HashingEncoder()}, cache) for cache in (CacheConfig(), None)]
+    for model in models:
+        fit(model, DataLoader(Texts(texts(40)), batch_sampler=Unnumbered()), fast_dev_run=True)
+    assert same_run(*models)
+    assert models[0].cache_callback.report.encoded == 2
 
 
 @pytest.mark.parametrize("step", [3, 9])

@@ -160,6 +160,16 @@ def test_limits_of_the_trainer_hold(settings):
     assert same_run(*models)
 
 
+def test_loaders_that_the_trainer_leaves_out_are_not_asked_for():
+    class NoValidation(WithLoaders):
+        def val_dataloader(self):
+            raise FileNotFoundError("there are no validation data")
+
+    model = NoValidation(cache=CacheConfig())
+    trainer(limit_val_batches=0).fit(model)
+    assert model.cache_callback.report.encoded == 40
+
+
 def test_logging_without_a_setup_shows_the_line_of_a_fit():
     script = (
         "import tests.fits as f, quatcache as q\n"

@@ -8,7 +8,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from quatcache import CacheCallback, CacheConfig, Encoder, TrainableModel
+from quatcache import CacheCallback, CacheConfig, Encoder, SimilarityPairSample, TrainableModel
 from quatcache.errors import (
     CollateError,
     ConfigError,
@@ -20,6 +20,7 @@ from quatcache.errors import (
     SampleError,
     StoreError,
 )
+from quatcache.losses import MultipleNegativesRankingLoss
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, texts, trainer
 
 
@@ -244,6 +245,36 @@ class TestData:
     def test_a_loader_whose_batches_cannot_be_reproduced(self, given, message):
         with pytest.raises(LoaderError, match=message):
             run(train=given(Texts(texts(20))))
+
+    def test_a_dataset_without_a_length(self):
+        class Lengthless:
+            def __getitem__(self, index):
+                return f"text {index}", 0
+
+        with pytest.raises(
+            ConfigError, match=r"the train dataset is a Lengthless without length and index, so .*map-s"
+        ):
+            run(train=DataLoader(Lengthless(), batch_sampler=[[0, 1], [2, 3]]))
+
+    @pytest.mark.parametrize("cache", [None, CacheConfig()])
+    def test_a_pair_whose_score_is_no_number(self, cache):
+        model = Model(cache=cache, loss=MultipleNegativesRankingLoss())
+        with pytest.raises(SampleError, match="a pair has score 'high' and subgroup 0; give a number each"):
+            fit(model, loader([SimilarityPairSample("a", "b", score="high")] * 4))
+
+    def test_rows_that_are_nowhere_on_disk_cannot_be_trained_from_there(self, tmp_path):
+        class Unwraps(HashingEncoder):
+            def collate(self, items):
+                return super().collate([str(item) for item in items])
+
+            def length(self, item):
+                return 0
+
+        with pytest.raises(ConfigError, match="tier DISK was asked for encoder 'default', whose items have no content"):
+            run(
+                {"default": Unwraps()}, CacheConfig("disk", save_dir=tmp_path),
+                loader(Texts([object() for _ in range(8)], range(8)), collate_fn=None),
+            )  # fmt: skip
 
 
 class OwnIteration(DataLoader):

@@ -68,6 +68,17 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     assert found.uncached_epoch == pytest.approx(1.0 + 42 * 3.0 / 40)
 
 
+def test_encoding_in_steps_counts_as_filling_and_not_as_an_epoch_from_the_cache(monkeypatch):
+    for module, step in (("receipt", 10.0), ("encoder_fill", 0.25), ("session", 0.0)):
+        monkeypatch.setattr(f"quatcache.training.{module}.time", Ticking(step))
+    model = Model(cache=CacheConfig(fill="lazy"))
+    fit(model, loader(Texts(texts(40))))
+    found = model.cache_callback.report
+    spent = 5 * 0.5  # five steps, in each of which items are sorted and encoded
+    assert found.epoch_seconds == [10.0 - spent, 10.0]
+    assert found.fill_seconds == spent
+
+
 def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
     monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
@@ -129,6 +140,20 @@ def test_loggers_get_the_numbers(tmp_path):
     assert (last["cache/rows"], last["cache/encoded"], last["cache/duplicates"]) == ("30.0", "30.0", "10.0")
     assert float(last["cache/epoch_seconds_uncached"]) > float(last["cache/epoch_seconds"]) > 0
     assert int(last["step"]) == run.global_step
+
+
+def test_what_is_logged_is_what_was_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("quatcache.training.session.time", Ticking(8.0))
+    for count in (10, 50):
+        model, logger = Model(cache=CacheConfig(save_dir=tmp_path / "cache")), CSVLogger(tmp_path, name=str(count))
+        fit(model, loader(Texts(texts(count, 30))), logger=logger)
+    logger.finalize("success")
+    with (tmp_path / "50" / "version_0" / "metrics.csv").open() as file:
+        (last,) = [row for row in csv.DictReader(file) if row.get("cache/rows")]
+    logged = {name.removeprefix("cache/"): float(value) for name, value in last.items() if name.startswith("cache/")}
+    counts = {"rows": 30.0, "bytes": 30 * 16 * 4.0, "encoded": 20.0, "encoded_in_steps": 0.0, "hits": 20.0}
+    assert {name: logged[name] for name in counts} == counts
+    assert (logged["duplicates"], logged["fill_seconds"]) == (10.0, 8.0)
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -92,10 +92,27 @@ def test_unfreezing_at_any_step_takes_effect_at_that_step(step, labels):
     assert same_run(*runs) and torch.equal(*(trained(model) for model in runs))
 
 
+class ThawsAndCounts(Thaws):
+    """Notes how often this process has read a dataset when each epoch starts."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data, self.reads = data, []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        super().on_train_epoch_start(trainer, pl_module)
+        self.reads.append(self.data.reads)
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_workers_of_the_loader_read_again(labels):
-    runs = [run(cache, num_workers=1, val=False) for cache in (None, CacheConfig(labels=labels))]
+    runs, reads = [], []
+    for cache in (None, CacheConfig(labels=labels)):
+        thaw = ThawsAndCounts(Texts(texts(44)))
+        runs.append(run(cache, lambda thaw=thaw: thaw, data=thaw.data, num_workers=1, val=False))
+        reads.append(thaw.data.reads - thaw.reads[2])
     assert same_run(*runs) and torch.equal(*(trained(model) for model in runs))
+    assert reads == [0, 0]  # none here, but in the workers
 
 
 @pytest.mark.parametrize("thaw", [Thaws, lambda: ThawsAtStep(7)], ids=["epoch", "step"])
