@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
+from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
-from tests.processes import Job
+from tests.fits import loader
+from tests.processes import Job, linux_only
 from tests.training.distributed_runs import free_port
-from tests.training.matrix_fits import SOURCES, Way, differing, differs, ways
-
-# With two ranks one fit of a kind stands for several: where rows lie and whether labels are cached is decided before
-# ranks matter, so each source and sampler is met with one tier, one way with labels and one fill.
-TURNS = [("cpu", "auto", "eager"), ("disk", False, "eager"), ("cpu", False, "lazy"), ("disk", "auto", "lazy")]
+from tests.training.matrix_fits import SIZE, SOURCES, Way, differing, differs, refusals, train_losses, ways
 
 
-def shared_ways():
-    # Lightning itself refuses to share out the batches of a batch sampler that is none of torch's; and forked ranks
-    # take seconds to end workers of their own, which test_distributed.py starts under Lightning's launcher instead
-    left_out = ("own batches", "workers")
-    whole = dict.fromkeys((way.source, way.sampler, way.kind) for way in ways() if way.sampler not in left_out)
-    cells = []
-    for place, (source, sampler, kind) in enumerate(whole):
-        tier, labels, fill = TURNS[place % 4]
-        cells.append(Way(source, sampler, kind, tier, labels, "eager" if source == "stream" else fill))
-    return cells
+def shared_ways(source):
+    """What two ranks train: all but the lazy fill, which each sampler and kind meets with one tier, with labels or not."""
+    whole = [way for way in ways(fills=["eager"]) if way.source == source]
+    if source == "stream":
+        return whole
+    turns = list(product(["cpu", "disk"], ["auto", False]))
+    kinds = dict.fromkeys((way.sampler, way.kind) for way in whole)
+    first = SOURCES.index(source)
+    lazy = [
+        Way(source, sampler, kind, *turns[(first + place + place // 2) % 4], "lazy")
+        for place, (sampler, kind) in enumerate(kinds)
+    ]
+    return whole + lazy
 
 
-@pytest.mark.parametrize("way", ways(), ids=lambda way: "-".join(str(part) for part in way))
+def on_two_ranks(function, path, **settings):
+    """Run a function as each of two ranks, and give what it returned there, or how it ended otherwise."""
+    shared = {"size": 2, "port": free_port(), **settings}
+    jobs = [Job(function, path / f"{rank}.json", rank=rank, **shared) for rank in range(2)]
+    results = []
+    for rank, job in enumerate(jobs):
+        try:
+            results.append(job.result())
+        except AssertionError as error:  # the other rank may know why
+            under_way = path / f"{rank}.at"
+            results.append([f"{under_way.read_text() if under_way.exists() else ''} on rank {rank}: {error}"])
+    return results
+
+
+@pytest.mark.parametrize("way", ways(), ids=lambda way: way.name)
 def test_cached_training_is_uncached_training(way):
     assert differs(way) is None
 
 
+@linux_only
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_cached_training_on_two_ranks_is_uncached_training(source, tmp_path):
-    port, cells = free_port(), [way for way in shared_ways() if way.source == source]
-    assert cells
-    settings = {"size": 2, "port": port, "folder": str(tmp_path), "cells": cells}
-    jobs = [Job(differing, tmp_path / f"{rank}.json", rank=rank, **settings) for rank in range(2)]
-    assert [job.result() for job in jobs] == [[], []]
+    cells = shared_ways(source)
+    assert on_two_ranks(differing, tmp_path, folder=str(tmp_path), cells=cells) == [[], []]
