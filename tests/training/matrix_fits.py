@@ -78,9 +78,13 @@ class Drawing(Sampler):
         return (torch.randint(SIZE, (7,)).tolist() for _ in range(5))
 
 
+def weighted():
+    return WeightedRandomSampler([1 + i % 3 for i in range(SIZE)], 40)
+
+
 SAMPLERS: dict[str, Callable[[object], DataLoader]] = {
     "shuffle": lambda data: loader(data, shuffle=True),
-    "weighted": lambda data: loader(data, sampler=WeightedRandomSampler([1 + i % 3 for i in range(SIZE)], 40)),
+    "weighted": lambda data: loader(data, sampler=weighted()),
     "drop last, seeded": lambda data: loader(
         data, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(3)
     ),
@@ -88,6 +92,19 @@ SAMPLERS: dict[str, Callable[[object], DataLoader]] = {
     "own batches": lambda data: DataLoader(data, batch_sampler=Drawing()),
     "workers": lambda data: loader(data, shuffle=True, num_workers=1, persistent_workers=True),
 }
+
+
+ALIKE = {
+    "shuffled": (
+        lambda data: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 9, False)),
+        lambda data: loader(data, batch_size=9, shuffle=True),
+    ),
+    "weighted": (
+        lambda data: DataLoader(data, batch_sampler=BatchSampler(weighted(), 9, True)),
+        lambda data: loader(data, batch_size=9, drop_last=True, sampler=weighted()),
+    ),
+}
+"""A batch sampler of torch, and a loader that makes the same of a sampler."""
 
 
 class SeveralLoaders(Model):
@@ -254,11 +271,17 @@ def differing(rank, size, port, folder, cells):
     return found
 
 
-def train_losses(rank, size, port, ways, samplers):
-    """Fit several ways as one of several ranks, without a cache and with one, with samplers beside those above."""
+def sampled_alike(rank, size, port):
+    """Fit with each loader of :data:`ALIKE` as one of several ranks, without a cache and with one, and give the losses."""
     be_rank(rank, size, port)
-    SAMPLERS.update(samplers)
-    return [[fit(Way(*way), cached, rank, size)["trained"]["train losses"] for cached in (False, True)] for way in ways]
+    losses = {}
+    for name, makers in ALIKE.items():
+        losses[name] = []
+        for SAMPLERS["alike"] in makers:
+            for cached in (False, True):
+                run = fit(Way("passed", "alike", "group", "cpu", "auto"), cached, rank, size)
+                losses[name].append(run["trained"]["train losses"])
+    return losses
 
 
 def refusals(rank, size, port, way, **settings):

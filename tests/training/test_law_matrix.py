@@ -5,16 +5,14 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
-from tests.fits import loader
 from tests.processes import Job, linux_only
 from tests.training.distributed_runs import free_port
-from tests.training.matrix_fits import SIZE, SOURCES, Way, differing, differs, refusals, train_losses, ways
+from tests.training.matrix_fits import SOURCES, Way, differing, differs, refusals, sampled_alike, ways
 
 
 def shared_ways(source):
-    """What two ranks train: all but the lazy fill, which each sampler and kind meets with one tier, with labels or not."""
+    """What two ranks train: the whole cross with an eager fill; a lazy one is met by each sampler and kind once."""
     whole = [way for way in ways(fills=["eager"]) if way.source == source]
     if source == "stream":
         return whole
@@ -53,3 +51,24 @@ def test_cached_training_is_uncached_training(way):
 def test_cached_training_on_two_ranks_is_uncached_training(source, tmp_path):
     cells = shared_ways(source)
     assert on_two_ranks(differing, tmp_path, folder=str(tmp_path), cells=cells) == [[], []]
+
+
+@linux_only
+@pytest.mark.slow
+def test_a_batch_sampler_of_torch_keeps_its_batch_size_and_its_sampler_on_two_ranks(tmp_path):
+    ranks = on_two_ranks(sampled_alike, tmp_path)
+    for losses in ranks:
+        for name, steps in {"shuffled": 6, "weighted": 4}.items():  # of two epochs
+            assert [len(run) for run in losses[name]] == [steps] * 4
+            assert losses[name] == losses[name][:1] * 4
+    assert ranks[0] != ranks[1]
+
+
+@linux_only
+@pytest.mark.slow
+def test_lightning_refuses_to_share_out_batches_of_unknown_origin_with_a_cache_as_without(tmp_path):
+    way = Way("passed", "own batches", "group", "cpu", "auto")
+    for messages in on_two_ranks(refusals, tmp_path, way=way, use_distributed_sampler=True):
+        assert messages[0] == messages[1]
+        assert messages[0].startswith("TypeError:  Lightning can't inject a (distributed) sampler")
+        assert "Trainer(use_distributed_sampler=False)" in messages[0]
