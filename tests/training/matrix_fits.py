@@ -272,7 +272,7 @@ def differing(rank, size, port, folder, cells):
 
 
 def sampled_alike(rank, size, port):
-    """Fit with each loader of :data:`ALIKE` as one of several ranks, without a cache and with one, and give the losses."""
+    """Fit with loaders that sample alike as one of several ranks, without a cache and with one, and give the losses."""
     be_rank(rank, size, port)
     losses = {}
     for name, makers in ALIKE.items():
