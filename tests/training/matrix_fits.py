@@ -265,7 +265,7 @@ def differing(rank, size, port, folder, cells):
         try:
             trouble = differs(way, rank, size, f"{folder}/{place}")
         except Exception:
-            return [*found, f"{way.name} on rank {rank}: {traceback.format_exc()}"]
+            return [*found, f"{way.name} on rank {rank}: {traceback.format_exc(limit=-5)}"]
         if trouble:
             found.append(f"{way.name} on rank {rank}: {trouble}")
     return found
