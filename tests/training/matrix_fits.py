@@ -82,6 +82,13 @@ def weighted():
     return WeightedRandomSampler([1 + i % 3 for i in range(SIZE)], 40)
 
 
+class LastFirst(BatchSampler):
+    """Batches in the other order."""
+
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
 SAMPLERS: dict[str, Callable[[object], DataLoader]] = {
     "shuffle": lambda data: loader(data, shuffle=True),
     "weighted": lambda data: loader(data, sampler=weighted()),
@@ -103,8 +110,9 @@ ALIKE = {
         lambda data: DataLoader(data, batch_sampler=BatchSampler(weighted(), 9, True)),
         lambda data: loader(data, batch_size=9, drop_last=True, sampler=weighted()),
     ),
+    "a class of its own": (lambda data: DataLoader(data, batch_sampler=LastFirst(RandomSampler(data), 9, False)),),
 }
-"""A batch sampler of torch, and a loader that makes the same of a sampler."""
+"""A batch sampler of torch, and a loader that makes the same of a sampler; and one of which Lightning makes another."""
 
 
 class SeveralLoaders(Model):
