@@ -109,6 +109,8 @@ def first_to_end(jobs, seconds=60.0):
 
 
 def _run(function, out, settings):
+    multiprocessing.current_process().daemon = False  # it may have workers of its own, forked as those of any process
+    multiprocessing.set_start_method(None, force=True)
     try:
         answer = {"result": function(**settings)}
     except BaseException:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import BatchSampler, DataLoader
 
 from quatcache.training.lightning import LIGHTNING_PACKAGES, Callback, LightningModule, Trainer, pl
 
@@ -26,6 +27,7 @@ __all__ = [
     "loader_source",
     "looks_in_passing",
     "set_loader_source",
+    "try_to_share_out",
     "unseen_steps",
 ]
 
@@ -47,6 +49,25 @@ def give_loaders(loop: Any, combined: Any) -> None:
     """Exchange the loaders of a loop that has some."""
     if loop._combined_loader is not None:
         loop._combined_loader = combined
+
+
+def try_to_share_out(trainer: Trainer, loader: DataLoader[Any]) -> None:
+    """Have Lightning share out the batches of a loader among ranks, for the error that it would raise after the fill.
+
+    It is not asked about batch samplers of which it would make others: making one may draw random numbers.
+
+    Args:
+        trainer: The trainer, in a run.
+        loader: One of the user's.
+
+    Raises:
+        TypeError: Its batches are those of a batch sampler that Lightning does not know how to make.
+    """
+    batches: Any = loader.batch_sampler
+    is_made = isinstance(batches, BatchSampler) or (hasattr(batches, "batch_size") and hasattr(batches, "drop_last"))
+    if trainer.world_size > 1 and not is_made:
+        alike: DataLoader[Any] = DataLoader(loader.dataset, batch_sampler=batches)
+        trainer._data_connector._prepare_dataloader(alike, False, trainer.state.stage)  # type: ignore[arg-type]
 
 
 def is_attached(module: LightningModule) -> bool:

@@ -11,11 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    default_collate,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
 from quatcache.data.batches import BatchReader, CachedColumns, as_it_is
 from quatcache.errors import LoaderError
@@ -117,10 +113,12 @@ def convert_loader(
         stream_aside = StreamAside(plain, reader, dict(settings))
         collate = StreamCollate(collates, meeting.chunks)
         return StreamLoader(loader.dataset, gather=gather, aside=stream_aside, collate_fn=collate, **settings)
-    if loader.batch_size is not None:  # in parts: Lightning puts a distributed sampler in place of the sampler
-        settings.update(sampler=loader.sampler, batch_size=loader.batch_size, drop_last=loader.drop_last)
+    batches = loader.batch_sampler
+    if type(batches) is BatchSampler:
+        # in parts: Lightning puts a distributed sampler in place of the sampler, and would forget the size of batches
+        settings.update(sampler=batches.sampler, batch_size=batches.batch_size, drop_last=batches.drop_last)
     else:
-        settings["batch_sampler"] = loader.batch_sampler
+        settings["batch_sampler"] = batches
     view = BatchReader(loader.dataset if views is None else views[0], collates, reader, columns)
     if gather is None or plain is None:
         return DataLoader(view, collate_fn=as_it_is, **settings)

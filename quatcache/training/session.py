@@ -35,6 +35,7 @@ from quatcache.training.guards import (
     refuse_collections,
     refuse_transfer_hooks,
 )
+from quatcache.training.internals import try_to_share_out
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import checked_loader, convert_loader, replace_rows
 from quatcache.training.placement import Placement, place_rows, where_rows_come
@@ -213,6 +214,8 @@ class CacheSession:
         self.guard.check_unchanged()  # a reload hook may bring data after weights were changed
         started = time.monotonic()
         with isolate_rng():  # a fill must leave training the random numbers that it would have drawn
+            for loader, _ in (each for group in fresh.values() for each in group):
+                try_to_share_out(self._trainer, loader)
             datasets = {key: (loaders[0][0].dataset, loaders[0][1]) for key, loaders in fresh.items()}
             whole, parts = self._fill.add(datasets, lambda key, fill: self._is_ahead(fresh[key], fill))
             if parts or streams:
