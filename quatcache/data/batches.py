@@ -150,8 +150,7 @@ class BatchReader(Dataset[Any]):
         """
         columns = self.columns
         if columns is not None and columns.targets is not None and not self.collates:
-            where = self.positions(indices)
-            return Batch(self._numbers(columns, where), columns.layout.loss_arguments(_select(columns.targets, where)))
+            return self.cached(self.positions(indices))
         wanted = indices.tolist() if isinstance(indices, torch.Tensor) else indices
         samples = read_samples(self.dataset, wanted, self.reader)
         if columns is None:
@@ -160,6 +159,17 @@ class BatchReader(Dataset[Any]):
         if columns.targets is None:
             return batch
         return batch._replace(targets=columns.layout.loss_arguments(_select(columns.targets, batch.inputs[INDICES])))
+
+    def cached(self, where: torch.Tensor) -> Batch:
+        """Give a batch of which everything is cached, targets too, with the numbers of its rows.
+
+        Args:
+            where: int64 ``(B,)``, none negative, on the device of the columns.
+        """
+        columns = self.columns
+        assert columns is not None
+        assert columns.targets is not None
+        return Batch(self._numbers(columns, where), columns.layout.loss_arguments(_select(columns.targets, where)))
 
     def batch_of(self, samples: Sequence[ReadSample], indices: Sequence[int] | torch.Tensor) -> Batch:
         """Give the batch of samples that were read, with the numbers of their rows; see :meth:`__getitems__`."""
@@ -204,7 +214,12 @@ class BatchReader(Dataset[Any]):
 
     @staticmethod
     def _numbers(columns: CachedColumns, where: torch.Tensor) -> dict[str, Any]:
-        return {name: rows.index_select(0, where).t().reshape(-1) for name, rows in columns.rows.items()}
+        return {
+            name: rows.reshape(-1).index_select(0, where)  # a gather from one dimension takes half as long
+            if rows.shape[1] == 1
+            else rows.index_select(0, where).t().reshape(-1)
+            for name, rows in columns.rows.items()
+        }
 
 
 def positions_of(indices: Sequence[int] | torch.Tensor, size: int) -> torch.Tensor:
