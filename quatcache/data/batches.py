@@ -25,7 +25,16 @@ from quatcache.data.samples import (
 )
 from quatcache.errors import CollateError, QuatcacheError, SampleError, shorten
 
-__all__ = ["INDICES", "Batch", "BatchReader", "CachedColumns", "collate_items", "positions_of", "read_samples"]
+__all__ = [
+    "INDICES",
+    "Batch",
+    "BatchReader",
+    "CachedColumns",
+    "collate_items",
+    "given_samples",
+    "positions_of",
+    "read_samples",
+]
 
 SampleReader = Callable[[Any], Any]
 
@@ -75,11 +84,11 @@ class CachedColumns:
         return replace(self, rows={name: rows.to(device) for name, rows in self.rows.items()}, targets=targets)
 
 
-def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> list[ReadSample]:
-    """Read and take apart samples of a map-style dataset, in one call where the dataset offers that.
+def given_samples(dataset: Any, indices: Sequence[int]) -> Sequence[Any]:
+    """Read samples of a map-style dataset, in one call where the dataset offers that.
 
     Raises:
-        SampleError: A sample is of no supported kind, or the dataset returned another number of them.
+        SampleError: The dataset returned another number of them.
     """
     many = getattr(dataset, "__getitems__", None)
     samples = many(list(indices)) if many else [dataset[index] for index in indices]
@@ -88,7 +97,16 @@ def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> 
             f"{type(dataset).__name__}.__getitems__ returned {len(samples)} samples for {len(indices)} indices; return "
             "one per index, in order."
         )
-    return [reader(sample) for sample in samples]
+    return samples
+
+
+def read_samples(dataset: Any, indices: Sequence[int], reader: SampleReader) -> list[ReadSample]:
+    """Read and take apart samples of a map-style dataset.
+
+    Raises:
+        SampleError: A sample is of no supported kind, or the dataset returned another number of them.
+    """
+    return [reader(sample) for sample in given_samples(dataset, indices)]
 
 
 def collate_items(name: str, collate: Callable[[Sequence[Any]], Any], items: Sequence[Any]) -> Any:
