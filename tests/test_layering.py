@@ -53,7 +53,6 @@ PRIVATE_TORCH = {"_set_params_and_buffers_to_ignore_for_model", "_version"}
 
 RUNS_CODE_FROM_DATA = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "cloudpickle"}
 LONGEST = 350
-LONGER = {"quatcache.store.disk": 400}  # to be split
 
 
 def modules() -> dict[str, ast.Module]:
@@ -200,7 +199,7 @@ def test_nothing_in_the_package_runs_code_that_came_as_data(name):
 def test_no_module_outgrows_a_sitting(name):
     path = PACKAGE.parent.joinpath(*name.split("."))
     path = path / "__init__.py" if is_package(name) else path.with_suffix(".py")
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER.get(name, LONGEST)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def test_importing_the_package_loads_neither_torch_nor_lightning():

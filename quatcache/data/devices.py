@@ -37,10 +37,12 @@ def to_device(inputs: Any, device: torch.device) -> Any:
         return type(inputs)(*(to_device(value, device) for value in inputs))
     if isinstance(inputs, list | tuple):
         return type(inputs)(to_device(value, device) for value in inputs)
-    moves = callable(getattr(inputs, "to", None))
-    if isinstance(inputs, Mapping) and not moves and not isinstance(inputs, MutableMapping):
+    moves, mapping = callable(getattr(inputs, "to", None)), isinstance(inputs, Mapping)
+    if not (moves or mapping or dataclasses.is_dataclass(inputs)):
+        return inputs
+    if mapping and not moves and not isinstance(inputs, MutableMapping):
         return {name: to_device(value, device) for name, value in inputs.items()}
-    moved: Any = copy.copy(inputs) if isinstance(inputs, Mapping) or dataclasses.is_dataclass(inputs) else inputs
+    moved: Any = copy.copy(inputs) if mapping or dataclasses.is_dataclass(inputs) else inputs
     if moves:
         return moved.to(device)  # mappings of transformers change in place: that is the copy
     if isinstance(inputs, MutableMapping):

@@ -29,9 +29,9 @@ def head_input(encoded: Mapping[str, Any]) -> Any:
         >>> head_input({"b": torch.zeros(2, 1), "a": torch.ones(2, 3)}).shape
         torch.Size([2, 4])
     """
+    if len(encoded) == 1:
+        return next(iter(encoded.values()))
     rows = [encoded[name] for name in sorted(encoded)]
-    if len(rows) == 1:
-        return rows[0]
     ragged = sorted(name for name, value in encoded.items() if isinstance(value, PaddedSequences))
     if ragged:
         raise EncoderOutputError(

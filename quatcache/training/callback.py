@@ -8,7 +8,7 @@ from typing import Any
 from quatcache.errors import ConfigError
 from quatcache.training.config import CacheConfig, CacheType, checked_config
 from quatcache.training.guards import checked_metrics, encoders_of
-from quatcache.training.internals import is_compiled
+from quatcache.training.internals import is_compiled, leave_out_hooks
 from quatcache.training.lightning import Callback, LightningModule, Trainer
 from quatcache.training.loss_log import LossLog
 from quatcache.training.report import CacheReport
@@ -42,6 +42,7 @@ class CacheCallback(Callback):
         self.report = CacheReport()
         self.brought_by_model = False
         self._session: CacheSession | None = None
+        leave_out_hooks(self)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the loader sources, before Lightning asks them for loaders."""

@@ -118,7 +118,7 @@ class DatasetFill:
             wanted[missing] = True
         self._to_read = np.flatnonzero(wanted)
         if len(self._to_read):
-            item, target = reread(reader)
+            item, target = reread(reader, self._to_read)
             if item is not None and not by_index:
                 raise changing(self.name, self.dataset, item)
             if target is not None and self.targets:

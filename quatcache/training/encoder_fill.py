@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["EncoderFill"]
 
+PROVING = 4
+"""Items of the call that is encoded twice to see that the encoder is frozen: dropout shows in one, what mixes the items
+of a batch in two."""
+
 SHARED_SECONDS = 0.01
 """What encoding the misses of a step must take for ranks to share it: sharing takes one or two milliseconds itself."""
 
@@ -293,8 +297,10 @@ class _Calls:
         started = time.monotonic()
         items = [self._items[position] for position in positions.tolist()]
         calls = self._fill.calls.split(items, self._batch_size)
-        if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is the cheapest call
-            calls.insert(0, calls.pop())
+        if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is a call of the shortest
+            cheapest = calls.pop()
+            rest = [cheapest[:-PROVING]] if len(cheapest) > PROVING else []
+            calls = [cheapest[-PROVING:], *calls, *rest]
         self._following = [items[place] for place in calls[0].tolist()]
         self._fill.seconds += time.monotonic() - started
         for call, following in zip(calls, [*calls[1:], calls[0][:0]], strict=True):

@@ -138,7 +138,7 @@ class MemoryLoader(DataLoader[Any]):
         return self._batches(reader, indices, waiting)
 
     def _batches(self, reader: Any, indices: IndexBatches, waiting: deque[IndexBatch]) -> Iterator[Batch]:
-        with self.gather.pages(reader.__getitems__) as pages:
+        with self.gather.pages(reader.cached) as pages:
             for begun, batch in enumerate(self._pulled(indices, waiting), 1):
                 pages.read_ahead(indices.known, begun)
                 yield self._serve(reader, batch)
@@ -155,4 +155,4 @@ class MemoryLoader(DataLoader[Any]):
         drawn = Drawn(self.aside.batch, batch.drawn)
         if self.gather.aside:
             return drawn.batch()
-        return self.gather(reader.__getitems__(batch.where), drawn)
+        return self.gather(reader.cached(batch.where), drawn)

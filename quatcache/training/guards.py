@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ __all__ = [
 
 SHARE_OF_TIME = 0.01
 """Of the time of a fit, digesting the weights of encoders on the CPU takes at most so much."""
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class FrozenGuard:
@@ -93,7 +96,7 @@ class FrozenGuard:
         Returns:
             Its name and that of a parameter that requires a gradient; None: there is none.
         """
-        if self._parameters is not None and not any(one.requires_grad for one in self._parameters):
+        if self._parameters is not None and not any(map(_requires_grad, self._parameters)):
             return None  # this is asked at each step, and a walk through a transformer takes a tenth of a small one
         found = []
         for name, encoder in self._encoders.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,11 @@ class IndexBatch(NamedTuple):
 
     Attributes:
         drawn: As they were drawn, in main memory: numbers or a tensor ``(B,)``.
-        where: What the batch is looked up with: the same, or a tensor on the device of the columns.
+        where: What the batch is looked up with: int64 ``(B,)``, none negative, on the device of the columns.
     """
 
     drawn: Sequence[int] | torch.Tensor
-    where: Sequence[int] | torch.Tensor
+    where: torch.Tensor
 
 
 class IndexBatches(Iterator[IndexBatch]):
@@ -65,7 +66,7 @@ class IndexBatches(Iterator[IndexBatch]):
 
     def _each(self, batches: Iterator[Any], size: int) -> Iterator[IndexBatch]:
         for drawn in batches:
-            yield IndexBatch(drawn, drawn if self._device is None else send(positions_of(drawn, size), self._device))
+            yield IndexBatch(drawn, send(positions_of(drawn, size), self._device))
 
     def _at_once(self, batches: BatchSampler, order: _Order) -> Iterator[IndexBatch]:
         positions = order.draw()
@@ -76,14 +77,10 @@ class IndexBatches(Iterator[IndexBatch]):
         there = self.known
         if self._device is not None and self.known:
             there = torch.split(send(positions, self._device), batches.batch_size)
-        short: list[IndexBatch] = []
-        for batch in map(IndexBatch, self.known, there):
-            if len(batch.drawn) < batches.batch_size:
-                short.append(batch)
-            else:
-                yield batch
+        given = map(IndexBatch, self.known, there)
+        yield from islice(given, len(positions) // batches.batch_size)
         order.run_out()  # to see that there is no more for the last batch
-        yield from short
+        yield from given
 
 
 class _Order(NamedTuple):

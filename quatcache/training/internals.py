@@ -23,6 +23,7 @@ __all__ = [
     "is_attached",
     "is_bookkeeping",
     "is_compiled",
+    "leave_out_hooks",
     "let_metric_rest",
     "loader_source",
     "looks_in_passing",
@@ -32,6 +33,14 @@ __all__ = [
 ]
 
 _ON_THE_WAY = ("torch.", "quatcache.")
+_HOOKS_OF_EACH_STEP = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
 _BOOKKEEPERS = (*LIGHTNING_PACKAGES, "lightning_fabric.")
 
 
@@ -78,6 +87,17 @@ def is_attached(module: LightningModule) -> bool:
 def is_compiled(module: LightningModule) -> bool:
     """Say whether Lightning runs the steps of a module as ``torch.compile`` has made them."""
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def leave_out_hooks(callback: Callback) -> None:
+    """Have Lightning not call the hooks of a step that a callback leaves as they are.
+
+    It enters the context of a profiler for each of them, six a step. A hook that cannot be called is passed over; the
+    class keeps it, for subclasses that call it.
+    """
+    for hook in _HOOKS_OF_EACH_STEP:
+        if getattr(type(callback), hook) is getattr(Callback, hook):
+            setattr(callback, hook, None)
 
 
 def unseen_steps(trainer: Trainer, batch_idx: int) -> int:

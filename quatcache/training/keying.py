@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from quatcache.data.batches import read_samples
-from quatcache.data.samples import ReadSample, common_layout, target_column
+from quatcache.data.batches import given_samples
+from quatcache.data.samples import SampleColumns, in_columns, target_column
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import KeyTypeError, shorten
 from quatcache.keys import KeyArray, KeyExtractor, content_keys, extracted_keys, index_keys, index_salt
@@ -156,14 +156,17 @@ class ChunkReader(Dataset[Any]):
             SampleError: A sample of no supported kind, or kinds mixed.
             KeyTypeError: An item that cannot be keyed.
         """
-        return self.keyed(read_samples(self.dataset, indices, self.reader), indices)
+        return self.keyed(self.read(indices), indices)
 
-    def keyed(self, samples: Sequence[ReadSample], indices: Sequence[int]) -> Chunk:
+    def read(self, indices: Sequence[int]) -> SampleColumns:
+        """Read samples; see :meth:`__getitems__`."""
+        return in_columns(given_samples(self.dataset, indices), self.reader)
+
+    def keyed(self, samples: SampleColumns, indices: Sequence[int]) -> Chunk:
         """Key samples that were read; see :meth:`__getitems__`."""
-        layout = common_layout(samples)
-        items = [item for sample in samples for item in sample.items]
+        layout, items, size = samples.layout, samples.items, len(indices)
         width = layout.items_per_sample
-        places = np.asarray(indices, np.int64).repeat(width) * width + np.tile(np.arange(width), len(samples))
+        places = np.asarray(indices, np.int64).repeat(width) * width + np.tile(np.arange(width), size)
         places = places + (self.number << 48)
         keys: dict[str, KeyArray] = {}
         for place, scheme in enumerate(self.schemes):
@@ -171,22 +174,19 @@ class ChunkReader(Dataset[Any]):
             if alike is not None:  # hashed already
                 keys[scheme.name] = keys[alike.name]
             else:
-                keys[scheme.name] = scheme.keys(items, places).reshape(len(samples), width, 2)
+                keys[scheme.name] = scheme.keys(items, places).reshape(size, width, 2)
             if scheme.extractor is not None:
                 with suppress(KeyTypeError):  # nothing to compare: perhaps the extractor was given for that reason
-                    keys[scheme.content_column] = scheme.content_keys(items).reshape(len(samples), width, 2)
-        return Chunk(list(indices), items, _uniform_columns(samples), layout.name, keys)
+                    keys[scheme.content_column] = scheme.content_keys(items).reshape(size, width, 2)
+        return Chunk(list(indices), items, tuple(map(_uniform_column, samples.targets)), layout.name, keys)
 
 
-def _uniform_columns(samples: Sequence[ReadSample]) -> tuple[Any, ...]:
-    """Stack targets as a loader does, but leave lists of values that another batch could stack to another dtype."""
-    columns = []
-    for values in zip(*(sample.targets for sample in samples), strict=True):
-        kinds: set[Any] = set(map(type, values))
-        if any(hasattr(kind, "dtype") for kind in kinds):
-            kinds = {getattr(value, "dtype", type(value)) for value in values}
-        columns.append(target_column(values) if len(kinds) == 1 else list(values))
-    return tuple(columns)
+def _uniform_column(values: Sequence[Any]) -> Any:
+    """Stack targets as a loader does, but leave a list of values that another batch could stack to another dtype."""
+    kinds: set[Any] = set(map(type, values))
+    if any(hasattr(kind, "dtype") for kind in kinds):
+        kinds = {getattr(value, "dtype", type(value)) for value in values}
+    return target_column(values) if len(kinds) == 1 else list(values)
 
 
 def unkeyable(scheme: KeyScheme, readers: Iterable[ChunkReader]) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from ctypes import c_float
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,20 +45,24 @@ _OWN = (*LIGHTNING_PACKAGES, "quatcache.")
 class _Mean:
     """A mean in the making, with the arithmetic that Lightning has for means over an epoch."""
 
-    total: torch.Tensor | None = None
+    number: float = 0.0
+    total: torch.Tensor | None = None  # None: the number is the total
     count: int = 0
 
     def add(self, loss: torch.Tensor, size: int) -> None:
+        self.count += size
+        if self.total is None and loss.is_cpu and loss.dtype is torch.float32 and not loss.dim():
+            # two operations on tensors take a tenth of a small step's loss; float64, rounded, gives what float32 does
+            self.number = c_float(self.number + c_float(loss.item() * size).value).value
+            return
         value = loss.detach()
         if value.dtype not in (torch.float32, torch.float64):
             value = value.to(torch.float32)
-        weighted = value * size
-        self.total = weighted if self.total is None else self.total + weighted
-        self.count += size
+        self.total = (self.number if self.total is None else self.total) + value * size
 
     def result(self) -> torch.Tensor:
-        assert self.total is not None
-        return self.total / torch.tensor(self.count, device=self.total.device)
+        total = torch.tensor(self.number, dtype=torch.float32) if self.total is None else self.total
+        return total / torch.tensor(self.count, device=total.device)
 
 
 @dataclass
@@ -73,6 +78,7 @@ class LossLog:
     _each_step: bool = True
     _logged: bool = False  # by the step before
     _unseen_until: int = 0  # of this epoch: no step before it is looked at
+    _has_bar: bool = True
     _shown: float = -math.inf  # when a progress bar was last given a loss
 
     def stay_untraced(self) -> None:
@@ -93,6 +99,7 @@ class LossLog:
         self._means.clear()
         self._unseen_until = 0
         self._each_step = _watched(module.trainer, module)
+        self._has_bar = module.trainer.progress_bar_callback is not None
 
     def train(self, module: LightningModule, loss: torch.Tensor, size: int, batch_idx: int) -> None:
         """Log the loss of a training step if it is seen, and its mean over the epoch in the last step of it."""
@@ -101,7 +108,7 @@ class LossLog:
             return
         trainer = module.trainer
         self._means.setdefault("train", _Mean()).add(loss, size)
-        seen = self._each_step or self._shows(trainer)
+        seen = self._each_step or (self._has_bar and self._shows())
         if batch_idx >= self._unseen_until or trainer.should_stop:
             unseen = unseen_steps(trainer, batch_idx)
             self._unseen_until = batch_idx + unseen
@@ -144,10 +151,8 @@ class LossLog:
         settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "batch_size": mean.count}
         module.log(name, mean.result(), prog_bar=stage != "train", **settings)
 
-    def _shows(self, trainer: Trainer) -> bool:
+    def _shows(self) -> bool:
         """Say whether a progress bar wants another loss."""
-        if trainer.progress_bar_callback is None:
-            return False
         now = self.time_func()
         if now - self._shown < REFRESH_SECONDS:
             return False
@@ -177,7 +182,7 @@ def _watched(trainer: Trainer, module: LightningModule) -> bool:
 
 def _is_foreign(owner: object, base: type, hook: str) -> bool:
     """Say whether a hook is neither left as it is nor implemented by Lightning or here."""
-    if hook in vars(owner):
+    if vars(owner).get(hook) is not None:
         return True
     method = getattr(type(owner), hook, None)
     return method is not getattr(base, hook, None) and not str(getattr(method, "__module__", "")).startswith(_OWN)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from quatcache.data.batches import INDICES, Batch, BatchReader, CachedColumns, collate_samples, read_samples
-from quatcache.data.samples import LAYOUTS
+from quatcache.data.samples import LAYOUTS, columns_of
 from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.encoder_fill import EncoderFill
@@ -96,7 +96,8 @@ class MeetingReader(Dataset[Any]):
             samples = [everything[position] for position in positions.tolist()]
         inputs = {**batch.inputs, INDICES: where}
         if samples:
-            inputs[UNMET] = Unmet(positions, self.chunks.keyed(samples, where[positions].tolist()), self.chunks.number)
+            chunk = self.chunks.keyed(columns_of(samples), where[positions].tolist())
+            inputs[UNMET] = Unmet(positions, chunk, self.chunks.number)
         return Batch(inputs, batch.targets)
 
 
@@ -116,7 +117,8 @@ class StreamCollate:
         """Give the batch of these samples, all of them under :data:`UNMET`."""
         read = [self.chunks.reader(sample) for sample in samples]
         batch = collate_samples(read, self.collates)
-        unmet = Unmet(torch.arange(len(read)), self.chunks.keyed(read, range(len(read))), self.chunks.number)
+        chunk = self.chunks.keyed(columns_of(read), range(len(read)))
+        unmet = Unmet(torch.arange(len(read)), chunk, self.chunks.number)
         return Batch({**batch.inputs, UNMET: unmet}, batch.targets)
 
 

@@ -83,10 +83,10 @@ class PageReader(AbstractContextManager["PageReader"]):
             batches: Indices of all batches of the epoch, as far as they are known.
             begun: How many of them the step has begun.
         """
-        self._begun = begun
-        stop = min(begun + AHEAD, len(batches))
         if self._closed:
             return
+        self._begun = begun
+        stop = min(begun + AHEAD, len(batches))
         for number in range(max(self._next, begun), stop):
             if self._calm < CALM or number % PROBE == 0:
                 if self._threads is None:

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from quatcache.data.batches import read_samples
-from quatcache.data.samples import ReadSample
+from quatcache.data.samples import SampleColumns
 from quatcache.errors import KeyTypeError
 from quatcache.store import DatasetTable
 from quatcache.training.keying import Chunk, ChunkReader
@@ -100,7 +100,11 @@ def _random_batches(size: int) -> Iterator[list[int]]:
     Another order at each call: what one sample misses, the next one may find.
     """
     generator = np.random.default_rng()  # of its own: training draws from the global one
-    order = generator.permutation(size) if size <= 1 << 16 else np.unique(generator.integers(0, size, 1 << 16))
+    if size <= 1 << 16:
+        order = generator.permutation(size)
+    else:
+        order = np.sort(generator.integers(0, size, 1 << 16))
+        order = order[np.diff(order, prepend=-1) > 0]  # np.unique takes several times as long
     ends = np.array(sorted({0, size - 1}))
     generator.shuffle(order)
     order = np.concatenate([ends, order[(order != 0) & (order != size - 1)]])
@@ -113,14 +117,15 @@ def _random_batches(size: int) -> Iterator[list[int]]:
 def _agrees(table: DatasetTable, chunk: Chunk) -> bool:
     if chunk.layout != table.layout:
         return False
+    places = np.asarray(chunk.indices)
     for name, keys in chunk.keys.items():
-        if name not in table.keys or not np.array_equal(table.keys[name][chunk.indices], keys):
+        if name not in table.keys or not np.array_equal(table.keys[name][places], keys):
             return False
     if table.targets is None:
         return True
     if len(table.targets) != len(chunk.targets):
         return False
-    where = torch.as_tensor(chunk.indices)
+    where = torch.from_numpy(places)
     for known, column in zip(table.targets, chunk.targets, strict=True):
         if not isinstance(column, torch.Tensor) or column.dtype != known.dtype:
             return False
@@ -130,12 +135,18 @@ def _agrees(table: DatasetTable, chunk: Chunk) -> bool:
 
 
 def reread(
-    reader: ChunkReader, *, seconds: float = SECONDS, time_func: Callable[[], float] = time.monotonic
+    reader: ChunkReader,
+    among: npt.NDArray[np.int64] | None = None,
+    *,
+    seconds: float = SECONDS,
+    time_func: Callable[[], float] = time.monotonic,
 ) -> tuple[int | None, int | None]:
     """Read some items twice: at least :data:`SAMPLED`, and as many more as the time allows.
 
     Args:
         reader: The dataset.
+        among: Indices of the samples that are asked for, at least one: what was compared with an index table has been
+            read twice. None: all.
         seconds: Time after which no more items are read.
         time_func: Clock in seconds.
 
@@ -145,8 +156,9 @@ def reread(
     deadline = time_func() + seconds
     target: int | None = None
     hashes_alone = all(scheme.content is None and scheme.extractor is None for scheme in reader.schemes)
-    for indices in _random_batches(len(reader)):
-        once, again = (read_samples(reader.dataset, indices, reader.reader) for _ in range(2))
+    for places in _random_batches(len(reader) if among is None else len(among)):
+        indices = places if among is None else among[places].tolist()
+        once, again = reader.read(indices), reader.read(indices)
         if not (hashes_alone and _plainly_equal(once, again)):
             item, other = _differing(reader.keyed(once, indices), reader.keyed(again, indices))
             target = other if target is None else target
@@ -172,12 +184,12 @@ def _differing(first: Chunk, second: Chunk) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _plainly_equal(once: list[ReadSample], again: list[ReadSample]) -> bool:
+def _plainly_equal(once: SampleColumns, again: SampleColumns) -> bool:
     """Say whether two reads are equal at a glance: texts with plain targets, of which no key need be made to see it."""
     for samples in (once, again):
-        if not all(type(item) is str for sample in samples for item in sample.items):
+        if set(map(type, samples.items)) != {str}:
             return False
-        if not {type(target) for sample in samples for target in sample.targets} <= {int, float, bool, str}:
+        if not {type(target) for column in samples.targets for target in column} <= {int, float, bool, str}:
             return False
     return once == again
 

@@ -188,6 +188,10 @@ class ViewReader(Dataset[Any]):
         """Give a batch of one sample."""
         return self.__getitems__([index])
 
+    def cached(self, where: torch.Tensor) -> Batch:
+        """Give a batch of which everything is cached; see :meth:`quatcache.data.batches.BatchReader.cached`."""
+        return self.inner.cached(self.choice(where))  # type: ignore[no-any-return]
+
     def __getitems__(self, indices: Sequence[int] | torch.Tensor) -> Batch:
         """Give the batch of these samples, each in the view of the epoch."""
         where = torch.as_tensor(indices, dtype=torch.int64)

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from quatcache.data import ReadSample, SimilarityGroupSample, SimilarityPairSample, read_sample
-from quatcache.data.samples import GROUPS, LAYOUTS, PAIRS, arranged_items, common_layout, target_column, target_columns
+from quatcache.data.samples import (
+    GROUPS,
+    LAYOUTS,
+    PAIRS,
+    arranged_items,
+    common_layout,
+    in_columns,
+    target_column,
+    target_columns,
+)
 from quatcache.errors import SampleError
 
 Row = namedtuple("Row", "text topic")
@@ -163,3 +172,17 @@ def test_mixed_samples_are_refused():
     with pytest.raises(SampleError, match="one batch mixes group and pair samples; let a dataset return one kind"):
         common_layout(samples)
     assert common_layout(samples[:1]) is GROUPS and common_layout(samples[1:]) is PAIRS
+
+
+@pytest.mark.parametrize("sample", [("a", 0, 1), ("a",), ()], ids=len)
+def test_columns_take_tuples_of_two_alone(sample):
+    assert in_columns([("a", 0), ("b", 1)], read_sample) == (GROUPS, ["a", "b"], ([0, 1],))
+    with pytest.raises(SampleError, match="return \\(item, target\\)"):
+        in_columns([("a", 0), sample], read_sample)
+
+
+def test_columns_of_other_samples_are_those_of_their_reader():
+    pairs = [SimilarityPairSample("a", "b", 0.5), SimilarityPairSample("c", "d", 1)]
+    assert in_columns(pairs, read_sample) == (PAIRS, ["a", "b", "c", "d"], ((0.5, 1.0), (0, 0)))
+    swapped = in_columns([(0, "a"), (1, "b")], lambda sample: read_sample(sample[::-1]))
+    assert swapped == (GROUPS, ["a", "b"], ((0, 1),))

@@ -14,6 +14,7 @@ from quatcache.encoders.identity import identify
 from quatcache.errors import BatchLengthError, CollateError
 from quatcache.keys import content_keys
 from quatcache.training.calls import TOKENS_PER_CALL, CallPlan
+from quatcache.training.encoder_fill import PROVING
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
 CPU = torch.device("cpu")
@@ -146,9 +147,9 @@ def test_encoder_with_lengths_only_has_its_calls_sorted_by_them():
     fill(encoder, items, batch_size=8)
     first, *others = encoder._calls
     lengths = [len(item) for call in others for item in call]
-    assert lengths == sorted(lengths, reverse=True)
-    assert max(map(len, first)) <= lengths[-1]  # the cheapest call is the one that is encoded twice
-    assert encoder._rows == 40 + 8
+    assert lengths == sorted(lengths, reverse=True) and [len(call) for call in others] == [8, 8, 8, 8, 4]
+    assert len(first) == PROVING and max(map(len, first)) <= lengths[-1]  # few short items are encoded twice
+    assert encoder._rows == 40 + PROVING
 
 
 def test_encoder_without_lengths_gets_items_in_the_order_of_the_dataset():

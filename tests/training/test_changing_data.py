@@ -233,6 +233,37 @@ def test_the_ends_of_a_dataset_are_compared_at_every_warm_start(few_are_compared
         assert model.cache_callback.report.encoded == expected
 
 
+def test_of_a_dataset_that_grew_every_item_is_compared_and_what_is_new_is_read_twice_before_the_fill(tmp_path):
+    fit(Model(cache=CacheConfig(save_dir=tmp_path)), loader(Texts(texts(200))))
+    grown = Noting(texts(210))
+    model = Model(cache=CacheConfig(save_dir=tmp_path))
+    fit(model, loader(grown))
+    assert model.cache_callback.report.read == model.cache_callback.report.encoded == 10
+    reads = Counter(grown.indices)
+    front = range(verify.READ_TWICE)  # of which it is asked whether they can be keyed
+    assert [reads[place] for place in range(210)] == [2 if place in front else 1 if place < 200 else 3
+                                                      for place in range(210)]  # fmt: skip
+
+
+class Restless(Texts):
+    """Gives another text at each read of some of its items."""
+
+    def __init__(self, count, changing):
+        super().__init__(texts(count))
+        self.changing = changing
+
+    def __getitem__(self, index):
+        text, group = super().__getitem__(index)
+        return (f"{text} {self.reads}" if index in self.changing else text), group
+
+
+@pytest.mark.parametrize("changing", [{205}, {0}, {100}], ids=["new", "first", "old"])
+def test_an_item_that_changes_at_each_read_is_refused_in_a_dataset_that_grew(changing, tmp_path):
+    fit(Model(cache=CacheConfig(save_dir=tmp_path)), loader(Texts(texts(200))))
+    with pytest.raises(ConfigError, match=f"item {min(changing)} of the train dataset differs between two reads"):
+        fit(Model(cache=CacheConfig(save_dir=tmp_path)), loader(Restless(210, changing)))
+
+
 class OneMore(HashingEncoder):
     """Sees other content each time that it is asked."""
 

@@ -117,6 +117,11 @@ def test_nothing_is_known_ahead_of_samplers_that_draw_as_they_go(monkeypatch):
     assert not batches.known
 
 
+def test_samples_that_a_sampler_counts_from_the_end_are_trained_on():
+    train = functools.partial(loader, Texts(texts(20)), sampler=Backwards(20))
+    assert same_run(run(None, train), run(CacheConfig(), train))
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_dataset_that_changed_behind_its_sampler_is_refused_as_by_the_sampler(drop_last):
     data = list(range(10))

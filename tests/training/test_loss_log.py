@@ -1,7 +1,9 @@
 """What is logged of losses is what a self.log in each step would show, without a self.log in each step."""
 
 import csv
+import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +17,7 @@ from pytorch_lightning.callbacks import (
     TQDMProgressBar,
 )
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from quatcache import CacheConfig
 from quatcache.data.batches import BatchReader
@@ -375,3 +378,47 @@ def test_a_compiled_model_trains_and_logs_the_same(cache):
     assert logged == logged_too
     assert "train" not in vars(plain.loss_log)  # no compiler is imported for it
     pickle.dumps(compiled.loss_log)
+
+
+LOSSES = {
+    "float32": [torch.rand((), generator=torch.Generator().manual_seed(place)) * 9 for place in range(300)],
+    "small beside large": [torch.tensor(1e8), torch.tensor(0.3), torch.tensor(-1e8), torch.tensor(1e-7)] * 5,
+    "overflow": [torch.tensor(3e38), torch.tensor(3e38)],
+    "infinities": [torch.tensor(math.inf), torch.tensor(-math.inf), torch.tensor(1.0)],
+    "no number": [torch.tensor(1.0), torch.tensor(math.nan)],
+    "float64": [torch.tensor(0.1, dtype=torch.float64)] * 7,
+    "bfloat16": [torch.tensor(0.1, dtype=torch.bfloat16)] * 7,
+    "one value in a dimension": [torch.tensor([0.7])] * 3,
+    "another dtype later": [torch.tensor(0.1), torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.3)],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_mean_is_that_of_lightning_bit_for_bit(name):
+    log, logged = LossLog(), {}
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(num_val_batches=[len(LOSSES[name])], sanity_checking=False),
+        _trainer=True,
+        log=lambda name, value, **settings: logged.update({name: value}),
+    )
+    metadata = _Metadata("validation_step", "val_loss", on_step=False, on_epoch=True)
+    metadata.sync = _Sync()
+    plain = _ResultMetric(metadata, is_tensor=True)
+    for place, loss in enumerate(LOSSES[name]):
+        size = 1 + place % 300
+        log.evaluate(module, "val", loss, size, place)
+        plain.update(loss, size)
+    expected = plain.compute()
+    assert logged["val_loss"].dtype == expected.dtype
+    assert torch.equal(logged["val_loss"].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0)), (logged, expected)
+
+
+def test_loss_that_is_changed_in_place_after_its_step_is_logged_as_it_was():
+    class Penalised(Doubled):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            loss += 5.0
+            return loss
+
+    run = fit(Penalised(cache=CacheConfig()), loader(TRAIN), max_epochs=1)
+    assert torch.equal(run.callback_metrics["train_loss_epoch"], run.callback_metrics["plain_epoch"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -372,3 +374,29 @@ def test_a_step_that_is_given_several_batches_says_so():
         Model().training_step(batch, 0)
     with pytest.raises(LoaderError, match=r"a val step got a dict of 2 Batches.*mode 'sequential', or override"):
         Model().validation_step(batch, 0)
+
+
+class Counting(CacheCallback):
+    """A callback of the user's own that goes on where the cache's ends."""
+
+    ended = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.ended += 1
+
+
+def test_lightning_enters_no_hook_of_a_step_that_does_nothing():
+    def entered(callback, model):
+        profiler = SimpleProfiler()
+        fit(model, loader(Texts(texts(24))), callbacks=[callback] if callback else [], max_epochs=1, profiler=profiler)
+        name = type(callback).__name__ if callback else "CacheCallback"
+        times = {action: len(found) for action, found in profiler.recorded_durations.items()}
+        begin = f"[Callback]{name}."
+        return {action.removeprefix(begin) for action, n in times.items() if action.startswith(begin) and n == 3}
+
+    assert entered(None, Model(cache=CacheConfig())) == {"on_train_batch_start"}
+    callback = Counting(CacheConfig())
+    assert entered(callback, Model()) == {"on_train_batch_start", "on_train_batch_end"}
+    assert callback.ended == 3
+    assert pickle.loads(pickle.dumps(callback)).ended == 3

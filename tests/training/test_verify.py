@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quatcache import CacheConfig
+from quatcache.training import verify
 from tests.fits import Model, Texts, fit, loader, texts
 
 
@@ -38,3 +39,13 @@ def test_a_grown_dataset_is_said_to_be_longer(tmp_path, caplog, more, read):
     said = messages(caplog, tmp_path, Texts(texts(40)), Texts(texts(40 + more)))
     (line,) = set(said)
     assert line.startswith(f"The train dataset is {read} than when it was indexed: ")
+
+
+@pytest.mark.parametrize("size", [1, 2, 70, 1 << 16, 200_000])
+def test_items_that_are_compared_are_distinct_and_many_and_both_ends_are_first(size):
+    first, *others = verify._random_batches(size)
+    indices = [*first, *(index for batch in others for index in batch)]
+    assert set(first[:2]) == {0, size - 1} and len(first) <= verify.SAMPLED
+    assert len(set(indices)) == len(indices) and set(indices) <= set(range(size))
+    assert len(indices) == size if size <= 1 << 16 else len(indices) > 50_000
+    assert indices != sorted(indices) or size <= 2
