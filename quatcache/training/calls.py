@@ -22,7 +22,7 @@ from quatcache.encoders.encoder import Encoder
 from quatcache.errors import BatchLengthError
 from quatcache.store import Positions
 
-__all__ = ["TOKENS_PER_CALL", "WINDOW", "CallPlan"]
+__all__ = ["TOKENS_PER_CALL", "WINDOW", "CallPlan", "shortest_first"]
 
 WINDOW = 16
 """Encoder batches of one window: items are sorted by length within it, so that a call has little padding."""
@@ -38,6 +38,10 @@ FIRST_WINDOW = 1024
 
 TOKENS_PER_CALL = 2048
 """Tokens of a call on the CPU, padding included."""
+
+PROVING = 4
+"""Items of the call that is encoded twice to see that the encoder is frozen: dropout shows in one, what mixes the items
+of a batch in two."""
 
 
 class CallPlan:
@@ -129,3 +133,18 @@ class CallPlan:
             calls.append(order[start : start + size])
             start += size
         return calls
+
+
+def shortest_first(calls: Sequence[Positions]) -> list[Positions]:
+    """Make a call of a few of the shortest items, and put it before all others.
+
+    Args:
+        calls: Positions of the items of each call, longest first; at least one.
+
+    Example:
+        >>> [call.tolist() for call in shortest_first([np.array([8, 3]), np.array([0, 7, 5, 1, 2, 6])])]
+        [[5, 1, 2, 6], [8, 3], [0, 7]]
+    """
+    *others, shortest = calls
+    rest = [shortest[:-PROVING]] if len(shortest) > PROVING else []
+    return [shortest[-PROVING:], *others, *rest]

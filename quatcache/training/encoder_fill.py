@@ -19,7 +19,7 @@ from quatcache.keys import KeyArray
 from quatcache.read_through import Counts, fill_through, read_through
 from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
 from quatcache.store.buffer import as_rows
-from quatcache.training.calls import CallPlan
+from quatcache.training.calls import CallPlan, shortest_first
 from quatcache.training.canary import Canary
 from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk, KeyScheme
@@ -33,10 +33,6 @@ from quatcache.units import readable_size
 logger = logging.getLogger(__name__)
 
 __all__ = ["EncoderFill"]
-
-PROVING = 4
-"""Items of the call that is encoded twice to see that the encoder is frozen: dropout shows in one, what mixes the items
-of a batch in two."""
 
 SHARED_SECONDS = 0.01
 """What encoding the misses of a step must take for ranks to share it: sharing takes one or two milliseconds itself."""
@@ -298,9 +294,7 @@ class _Calls:
         items = [self._items[position] for position in positions.tolist()]
         calls = self._fill.calls.split(items, self._batch_size)
         if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is a call of the shortest
-            cheapest = calls.pop()
-            rest = [cheapest[:-PROVING]] if len(cheapest) > PROVING else []
-            calls = [cheapest[-PROVING:], *calls, *rest]
+            calls = shortest_first(calls)
         self._following = [items[place] for place in calls[0].tolist()]
         self._fill.seconds += time.monotonic() - started
         for call, following in zip(calls, [*calls[1:], calls[0][:0]], strict=True):

@@ -13,8 +13,7 @@ from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
 from quatcache.encoders.identity import identify
 from quatcache.errors import BatchLengthError, CollateError
 from quatcache.keys import content_keys
-from quatcache.training.calls import TOKENS_PER_CALL, CallPlan
-from quatcache.training.encoder_fill import PROVING
+from quatcache.training.calls import PROVING, TOKENS_PER_CALL, CallPlan
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 from quatcache import CacheConfig, SimilarityPairSample
 from quatcache.errors import CollateError
 from quatcache.losses import MultipleNegativesRankingLoss
-from quatcache.training.encoder_fill import PROVING
+from quatcache.training.calls import PROVING
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
 
