@@ -151,10 +151,10 @@ def _watched_fsync(fsync, descriptor):
 
 def _watched_write(write, file, tensors, metadata):
     watching = _watching[-1]
-    what, filename = watching.kind(file.name), file.name
+    filename = os.path.realpath(f"/proc/self/fd/{file.fileno()}")
+    what = watching.kind(filename)
     watching.reach(f"before writing the tensors of {what}")
     digest = write(file, tensors, metadata)
-    file.flush()
     half = f"in the middle of writing the tensors of {what}"
     if watching.is_due(half):
         os.truncate(filename, Path(filename).stat().st_size // 2)  # what had reached the file by then

@@ -178,7 +178,7 @@ def pack(moment, times, wanted, save_dir):
 def test_shards_that_another_process_packs_while_they_are_opened_are_found_again(number, uncached, tmp_path):
     settings = {"save_dir": tmp_path / "cache", "log": tmp_path / "log", "count": COUNT}
     filled = run(run_fit, tmp_path / "0.json", attempt=0, shard_bytes=2, batch_size=32, **settings)
-    assert len(list(tmp_path.glob("cache/encoders/*/shard-*"))) == 20
+    assert len(list(tmp_path.glob("cache/encoders/*/shard-*"))) == 21  # one for each call; the first is a short one
     reached = partial(pack, wanted=number, save_dir=tmp_path / "cache")
     warm = run(run_fit, tmp_path / "1.json", attempt=1, reached=reached, **settings)
     assert len(list(tmp_path.glob("cache/encoders/*/shard-*"))) == 1

@@ -167,7 +167,7 @@ def with_nan(rows):
 
 
 def with_infinities(rows):
-    rows[2, 3], rows[4, 3] = float("inf"), -float("inf")
+    rows[1, 3], rows[2, 3] = float("inf"), -float("inf")
     return rows
 
 
@@ -175,10 +175,10 @@ class TestEncoderOutput:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda rows: rows[1:], r"returned shape \(19, 16\) for 20 items; return one row per item"),
-            (lambda rows: rows[:, 0], r"returned shape \(20,\) for 20 items"),
+            (lambda rows: rows[1:], r"returned shape \(3, 16\) for 4 items; return one row per item"),
+            (lambda rows: rows[:, 0], r"returned shape \(4,\) for 4 items"),
             (lambda rows: rows[:, :4], "returned rows of size 4, its embedding_size says 16"),
-            (lambda rows: [rows], "returned a list for 20 items; return a tensor"),
+            (lambda rows: [rows], "returned a list for 4 items; return a tensor"),
             (with_nan, "returned NaN or infinity for item '"),
             (with_infinities, "returned NaN or infinity for item '"),
         ],
