@@ -64,9 +64,7 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     found = model.cache_callback.report
     assert found.epoch_seconds == [1.0, 1.0, 1.0]
     assert found.encoders["default"].served == 3 * (4 * 8 + 10)
-    assert (
-        found.encoders["default"].pace == 7 * 0.5 / 40
-    )  # sorted once, and encoded in a short call and five more
+    assert found.encoders["default"].pace == 7 * 0.5 / 40  # sorted once, and encoded in a short call and five more
     assert found.uncached_epoch == pytest.approx(1.0 + 42 * 3.5 / 40)
 
 
