@@ -90,8 +90,9 @@ class PendingShard:
         if self.buffer.row_shape is None:
             sizes = [size or 1 for size in row_shape_of(values)]
             row_bytes = math.prod(sizes) * (self._dtype or values.dtype).itemsize
-            capacity = self._shard_bytes // max(row_bytes, 1) + len(values)
-            self.buffer = new_buffer(values, "cpu", self._dtype, capacity)
+            full = self._shard_bytes // max(row_bytes, 1)
+            # room for the batch that makes it full, as well: memory that is never written is never taken
+            self.buffer = new_buffer(values, "cpu", self._dtype, full + full // 4 + len(values))
         return self.buffer.checked(values.cpu())
 
     def append(self, keys: KeyArray, rows: Any) -> None:

@@ -150,6 +150,14 @@ def test_store_writes_full_shards_while_they_are_put(tmp_path, finished):
     assert temporary_in(tmp_path / "store") == []
 
 
+def test_rows_stay_in_their_memory_though_the_first_batch_was_short(tmp_path, finished):
+    store = store_with_drafts(tmp_path / "store", shard_bytes=40 * 24)
+    for start, stop in ((0, 1), (1, 30), (30, 39), (39, 48)):  # the last one goes beyond the shard
+        put_rows(store, start, stop)
+    store.flush()
+    assert finished == {"draft": 1, "whole": 0}
+
+
 def test_shard_that_was_drafted_can_be_judged_alone(tmp_path, finished):
     store = store_with_drafts(tmp_path / "store")
     put_rows(store, 0, 32)
