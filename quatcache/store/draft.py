@@ -68,13 +68,14 @@ class ShardDraft:
             values: All values of the shard so far, contiguous on the CPU. None of them may change until the shard is
                 finished or discarded; more may follow them.
         """
-        handed = 0 if self._handed is None else len(self._handed)
-        fresh = values[handed:]
+        fresh = values[0 if self._handed is None else len(self._handed) :]
         size = fresh.numel() * fresh.element_size()
         busy = self._writing is not None and not self._writing.done()
         if self._closed or not size or size < self._step or busy:
             return
         try:
+            if self._writing is not None:
+                self._writing.result()  # behind a piece that is not there no other one may be written
             if self._unfinished is None:
                 if values.dtype not in DTYPES.values() or size // len(fresh) % ALIGNMENT:
                     raise ValueError(f"keys would not follow rows of {size // len(fresh)} bytes where int64 may lie")

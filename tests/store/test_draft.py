@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -85,6 +86,23 @@ class TestDraft:
 
     def test_header_without_room_is_left_to_the_end(self, path):
         assert drafted(path).finish({"values": ROWS}, {"long": "x" * draft.HEADER_ROOM}) is None
+        assert list(path.parent.iterdir()) == []
+
+    def test_nothing_is_written_behind_a_piece_that_could_not_be(self, path, monkeypatch):
+        def full_once(*arguments):
+            if not failed:
+                failed.append(True)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(*arguments)
+
+        failed, append = [], draft._append
+        monkeypatch.setattr(draft, "_append", full_once)
+        made = ShardDraft(path, step=1)
+        for stop in (16, 32, 48):  # there is space again after the first
+            made.advance(ROWS[:stop])
+            if made._writing is not None:
+                wait([made._writing])
+        assert failed and made.finish({"values": ROWS}, {}) is None
         assert list(path.parent.iterdir()) == []
 
     def test_draft_that_is_forgotten_leaves_nothing(self, path):
