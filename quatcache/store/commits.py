@@ -131,6 +131,8 @@ def write_commit(
         FormatError: The directory has rows of another kind.
         StoreError: It cannot be written, or disappeared; what was committed before is kept.
     """
+    if expected.shards and not directory.is_dir():  # the lock would make it again
+        raise disappeared(directory)
     with locked(directory / MANIFEST_LOCK):  # other ranks and processes add their shards too
         current = sure_manifest(directory, expected)
         refused = _still_damaged(directory, current, refused)

@@ -136,9 +136,11 @@ def write_shard(
     if repacked:
         about["repacked"] = "true"
     about["xxh3"] = content_digest(about, tensors)
-    path = new_shard_path(directory) if draft is None else draft.path
     written = None if draft is None else draft.finish(tensors, about)
-    if written is None:
+    if draft is not None and written is not None:
+        path = draft.path
+    else:  # never under the name of the draft: a commit that failed late may have left a shard there
+        path = new_shard_path(directory)
         written = write_tensors(path, tensors, about)
     return ShardEntry(path.name, len(keys), written.bytes, written.xxh3, _longest(rows))
 

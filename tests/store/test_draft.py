@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from quatcache.errors import StoreError
+from quatcache.errors import FormatError, StoreError
 from quatcache.sequences import PaddedSequences
 from quatcache.store import DiskStore, draft
 from quatcache.store.draft import ShardDraft
@@ -252,6 +252,32 @@ def test_device_that_loses_pages_of_a_draft_costs_no_row(tmp_path, monkeypatch, 
     store.flush()
     assert lost and finished["whole"] >= 1
     assert held_in(store) and held_in(DiskStore(tmp_path / "store", DIGEST))
+
+
+def test_rows_of_a_commit_that_failed_late_get_a_file_of_their_own(tmp_path, monkeypatch, finished):
+    store = store_with_drafts(tmp_path / "store", shard_bytes=1024)
+    with monkeypatch.context() as broken:
+        broken.setattr("quatcache.store.commits.open_shard", missing_once := MissingOnce())
+        put_rows(store, 0, 48)
+        with pytest.raises(StoreError, match="disappeared"):
+            store.settle()
+    (committed,) = shards(tmp_path / "store")
+    before = committed.read_bytes()
+    put_rows(store, 48, 64)
+    store.flush()
+    assert missing_once.calls == 1 and finished == {"draft": 1, "whole": 1}
+    assert committed.read_bytes() == before and len(shards(tmp_path / "store")) == 2
+    assert held_in(store) and held_in(DiskStore(tmp_path / "store", DIGEST))
+
+
+class MissingOnce:
+    """Opens no shard, as where the directory was moved away just after a commit."""
+
+    calls = 0
+
+    def __call__(self, *arguments, **settings):
+        self.calls += 1
+        raise FormatError("is missing")
 
 
 def test_draft_whose_directory_disappears_does_not_make_it_again(tmp_path):

@@ -224,11 +224,17 @@ def unmount(disk):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def delete(folder):
+    """Delete a folder, though a commit that is on its way may still write into it."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def deleted_directory(folder, call):
     """A cache directory that somebody deletes in the middle of a fill."""
     save_dir = Path(folder) / "cache"
     trouble = Trouble(Path(folder), save_dir)
-    gone = trouble.fit(happens=partial(at_call, wanted=call, harm=partial(shutil.rmtree, save_dir)))
+    gone = trouble.fit(happens=partial(at_call, wanted=call, harm=partial(delete, save_dir)))
     found = save_dir.exists()
     return {"gone": gone, "found": found, "again": trouble.fit(), "warm": trouble.fit()}
 
