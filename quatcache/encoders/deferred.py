@@ -180,7 +180,7 @@ def deciding_versions() -> dict[str, JSON]:
     """Give the versions of all that decides what facts are found of a model, by name.
 
     Example:
-        >>> {"python", "torch", "quatcache"} <= deciding_versions().keys()
+        >>> {"python", "torch", "transformers"} <= deciding_versions().keys()
         True
     """
     known: dict[str, JSON] = {"python": python_version()}

@@ -167,7 +167,8 @@ class Encoder(nn.Module):
         """Count the tokens of items as :meth:`collate` gives them, so that a fill can batch without much padding.
 
         With these counts, items are sorted by them and not by :meth:`length`, and on the CPU a call takes no more items
-        than make about 2,048 tokens, padding included.
+        than make about 2,048 tokens, padding included. An accelerator encodes texts faster than their tokens are
+        counted: there they are not, where :meth:`length` says something of texts.
 
         Args:
             items: One or more items, as the dataset gave them.

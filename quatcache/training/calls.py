@@ -3,7 +3,8 @@
 Padding is what a call of a text encoder wastes, and on a CPU a call of many long texts is slower per token than one of
 few: their activations leave the caches of the processor. So items are sorted by tokens within a window of the dataset,
 and on the CPU a call takes items, longest first, until its tokens, padding included, reach a budget. An accelerator
-wants as many tokens as it is given, so there only the batch size counts, as its user chose it to fit the memory.
+wants as many tokens as it is given, so there only the batch size counts, as its user chose it to fit the memory; and
+it encodes faster than tokens are counted, so there texts are sorted by their characters.
 
 Calls do not enter the identity of an encoder: a row differs by 1e-7 of its length with the padding beside it.
 """
@@ -19,6 +20,7 @@ import torch
 from quatcache.data.batches import collate_items
 from quatcache.encoders.deferred import is_loaded
 from quatcache.encoders.encoder import Encoder
+from quatcache.encoders.token_counts import are_texts
 from quatcache.errors import BatchLengthError
 from quatcache.store import Positions
 
@@ -53,7 +55,7 @@ class CallPlan:
         device: Where it computes.
 
     Attributes:
-        counts_tokens: Whether the items that were looked at last have token counts.
+        knows_texts: Whether the items that were looked at last are texts, whose lengths the encoder tells.
 
     Example:
         >>> from quatcache.encoders import Encoder
@@ -69,8 +71,9 @@ class CallPlan:
         """Look at no item yet."""
         self._name = name
         self._encoder = encoder
+        self._tells_length = type(encoder).length is not Encoder.length
         self._budget = TOKENS_PER_CALL if device.type == "cpu" else None
-        self.counts_tokens = False
+        self.knows_texts = False
 
     def window(self, batch_size: int, pace: float | None) -> int:
         """Say how many samples to read before their items are split.
@@ -80,30 +83,36 @@ class CallPlan:
             pace: Seconds that the encoder takes for an item; None: not known.
         """
         counted = min(COUNTED_WINDOW, int(WINDOW_SECONDS / pace)) if pace else FIRST_WINDOW
-        return max(batch_size * WINDOW, counted if self.counts_tokens else 0)
+        return max(batch_size * WINDOW, counted if self.knows_texts else 0)
 
     def look_ahead(self, items: Sequence[Any]) -> None:
-        """Find out whether items have token counts, unless the encoder would have to be loaded for it."""
+        """Find out whether items are texts, unless the encoder would have to be loaded for it."""
         if is_loaded(self._encoder):
             self.look(items)
 
     def look(self, items: Sequence[Any]) -> Sequence[int] | None:
-        """Find out whether items have token counts, and give them if so.
+        """Find out whether items are texts, and count their tokens where a call has a budget of them.
 
         Args:
             items: N items.
+
+        Returns:
+            N token counts; None where they are not known or not wanted.
 
         Raises:
             CollateError: An item has tokens that cannot be counted.
             BatchLengthError: Not one count per item.
         """
+        if self._budget is None and self._tells_length and are_texts(items):
+            self.knows_texts = True
+            return None
         counts: Sequence[int] | None = collate_items(self._name, self._encoder.token_counts, items)
         if counts is not None and len(counts) != len(items):
             raise BatchLengthError(
                 f"token_counts of encoder {self._name!r} returned {len(counts)} numbers for {len(items)} items; return "
                 "one per item, in order."
             )
-        self.counts_tokens = counts is not None
+        self.knows_texts = counts is not None
         return counts
 
     def split(self, items: Sequence[Any], batch_size: int) -> list[Positions]:
@@ -120,7 +129,7 @@ class CallPlan:
         counts = self.look(items)
         if counts is not None:
             lengths = np.asarray(counts)
-        elif type(self._encoder).length is not Encoder.length:
+        elif self._tells_length:
             lengths = np.array([self._encoder.length(item) for item in items])
         else:
             lengths = np.zeros(len(items), np.int64)

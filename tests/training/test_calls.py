@@ -109,6 +109,19 @@ def test_accelerator_gets_calls_of_the_batch_size():
     assert [len(call) for call in calls] == [3, 3, 1]
 
 
+class Sized(Words):
+    def length(self, item):
+        return len(item)
+
+
+def test_accelerator_sorts_texts_by_their_characters_and_counts_no_tokens():
+    items, encoder = ["a b", "abcdefgh", "abcde", "a b c d e f"], Sized()
+    plan = CallPlan("words", encoder, torch.device("cuda"))
+    assert [call.tolist() for call in plan.split(items, batch_size=2)] == [[3, 1], [2, 0]]
+    assert encoder._counted == [] and plan.window(32, 0.001) == 2048
+    assert [call.tolist() for call in CallPlan("words", encoder, CPU).split(items, batch_size=2)] == [[3], [0, 1], [2]]
+
+
 def test_window_grows_for_items_that_have_token_counts_and_not_beyond_half_a_minute():
     plan = CallPlan("words", Words(), CPU)
     assert plan.window(32, 0.001) == 512  # nothing was looked at: it may be images

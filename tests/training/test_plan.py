@@ -95,6 +95,7 @@ class Data(pl.LightningDataModule):
 def planned(cache=None, train=None, val="20 texts", encoders=None, **settings):
     model = Model(encoders, cache if cache is not None else CacheConfig())
     train = loader(Texts(texts(60, 40))) if train is None else train
+    settings = {"trainer": trainer(), **settings}  # on the CPU, as the fits of these tests
     return plan(model, train, loader(Texts(texts(20))) if val == "20 texts" else val, **settings)
 
 
