@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quatcache.demo.icd10 import read_tabular
 from quatcache.keys import content_keys
+from quatcache.memoize import memoize_batch
 from quatcache.read_through import read_through
 from quatcache.store import CacheDirectory, MemoryStore, TensorStore
 
@@ -162,6 +163,20 @@ def with_memory_store(source: Source, folder: Path) -> Ask:
     return through(source, MemoryStore(cachetools.LRUCache(1 << 20)), list, source.many)
 
 
+def with_decorator(source: Source, folder: Path, maxsize: int | None = None) -> Ask:
+    """Decorate with ``memoize_batch``, for ever or with an LRU cache."""
+
+    def cached(batch: list[str]) -> list[Tensor]:
+        return source.many(batch)
+
+    return memoize_batch("batch", maxsize=maxsize)(cached)
+
+
+def with_decorator_lru(source: Source, folder: Path) -> Ask:
+    """Decorate with ``memoize_batch`` and a bound."""
+    return with_decorator(source, folder, 1 << 20)
+
+
 def with_tensor_store(source: Source, folder: Path) -> Ask:
     """Read through rows in memory, by content keys."""
     return through(source, TensorStore(), content_keys, source.tensor)
@@ -209,6 +224,8 @@ CONTENDERS = {
     "joblib.Memory": Contender(with_joblib, batches=1),
     "diskcache": Contender(with_diskcache, batches=1),
     "langchain": Contender(with_langchain, batches=1),
+    "quatcache, memoize_batch": Contender(with_decorator),
+    "quatcache, memoize_batch, bounded": Contender(with_decorator_lru),
     "quatcache, MemoryStore": Contender(with_memory_store),
     "quatcache, TensorStore": Contender(with_tensor_store),
     "quatcache, DiskStore": Contender(with_disk_store, fills=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,8 @@ NAMES = [
     "joblib.Memory",
     "diskcache",
     "langchain",
+    "quatcache, memoize_batch",
+    "quatcache, memoize_batch, bounded",
     "quatcache, MemoryStore",
     "quatcache, TensorStore",
     "quatcache, DiskStore",
@@ -69,4 +72,15 @@ def bench_hits(settings: Settings, console: Console) -> Found:
         Bar("hit of quatcache, key and gather / hit of a dict, as one tensor", turns.ratio(QUICKEST, "dict")),
         Bar("2 distinct misses among 3: computed by read_through", computed["quatcache, TensorStore"], 2.0),
     ]
+    if "batche" in each:
+        bars += [
+            Bar(f"hit of memoize_batch / hit of batche{bounded}", _ratio(found, bounded), 1.0)
+            for bounded in ("", ", bounded")
+        ]
     return figures, bars
+
+
+def _ratio(found: dict[str, list[dict[str, Any]]], bounded: str) -> float:
+    """Give the median of the rounds' ratios."""
+    ours, theirs = found[f"quatcache, memoize_batch{bounded}"], found[f"batche{bounded}"]
+    return median(one["us_each"] / other["us_each"] for one, other in zip(ours, theirs, strict=True))

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quatcache.data import SimilarityGroupSample, SimilarityPairSample
     from quatcache.encoders import Encoder
-    from quatcache.errors import QuatcacheError
+    from quatcache.errors import BatchFunctionError, QuatcacheError
+    from quatcache.memoize import cache_batch_variable, memoize_batch
     from quatcache.sequences import PaddedSequences
     from quatcache.servable import ServableModel
     from quatcache.training import CacheCallback, CacheConfig, CacheReport, CacheType, TrainableModel
 
 __all__ = [
+    "BatchFunctionError",
     "CacheCallback",
     "CacheConfig",
     "CacheReport",
@@ -32,11 +34,14 @@ __all__ = [
     "SimilarityPairSample",
     "TrainableModel",
     "__version__",
+    "cache_batch_variable",
+    "memoize_batch",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BatchFunctionError": "quatcache.errors",
     "CacheCallback": "quatcache.training",
     "CacheConfig": "quatcache.training",
     "CacheReport": "quatcache.training",
@@ -48,6 +53,8 @@ _HOMES = {
     "SimilarityGroupSample": "quatcache.data",
     "SimilarityPairSample": "quatcache.data",
     "TrainableModel": "quatcache.training",
+    "cache_batch_variable": "quatcache.memoize",
+    "memoize_batch": "quatcache.memoize",
 }
 
 

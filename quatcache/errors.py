@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "BatchFunctionError",
     "BatchLengthError",
     "CacheMissError",
     "CollateError",
@@ -56,7 +57,11 @@ class EncoderOutputError(QuatcacheError, ValueError):
     """An encoder returned something other than one finite row per item, always of the same shape."""
 
 
-class BatchLengthError(QuatcacheError, ValueError):
+class BatchFunctionError(QuatcacheError, TypeError):
+    """A function that cannot be cached item by item, or a call of one that is not what it says it takes."""
+
+
+class BatchLengthError(BatchFunctionError, ValueError):
     """A batch function returned another number of values than it was given items."""
 
 

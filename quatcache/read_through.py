@@ -3,7 +3,8 @@
     look up the keys; compute each distinct miss once, in batches; store it; answer in the order asked
 
 Everything else is this operation seen from another side. :func:`read_through` answers; :func:`fill_through` is the
-same without the answer, for data that exceeds memory. Both stand on one loop over the distinct misses.
+same without the answer, for data that exceeds memory; :func:`reading_through` is the same for coroutines. All stand on
+one loop over the distinct misses.
 
 The answer is put together from what was found and what was computed, not by a second look-up: a store may evict or
 decline what it was just given, and the caller must not notice.
@@ -11,7 +12,7 @@ decline what it was just given, and the caller must not notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,10 +22,11 @@ from quatcache.errors import BatchLengthError, ConfigError
 from quatcache.keys import KeyArray, distinct
 from quatcache.store.protocol import Found, Positions, Store
 
-__all__ = ["Counts", "fill_through", "read_through"]
+__all__ = ["Counts", "fill_through", "read_through", "reading_through"]
 
 Keys = TypeVar("Keys", bound="KeyArray | Sequence[Hashable]")
 Values = TypeVar("Values")
+Answer = TypeVar("Answer")
 
 Batching = Callable[[Positions], Iterable[Positions]]
 """Splits the positions of the distinct misses into the batches that are computed; each exactly once, any order."""
@@ -88,6 +90,30 @@ def read_through(
         >>> read_through(words, lambda positions: [len(words[p]) for p in positions], MemoryStore())
         [3, 3, 3]
     """
+    answer: Values = _run(reading_through(keys, store, batches=batches, found=found), compute)
+    return answer
+
+
+def reading_through(
+    keys: Keys,
+    store: Store[Keys, Values],
+    *,
+    batches: int | Batching | None = None,
+    found: Found | None = None,
+) -> Generator[Positions, Values, Values]:
+    """Give the positions of each batch to compute, take their values, and return the answer.
+
+    :func:`read_through` as a generator, for those who cannot compute in a call: a coroutine awaits in between.
+
+    Example:
+        >>> from quatcache.store import MemoryStore
+        >>> steps = reading_through(["one", "two"], MemoryStore())
+        >>> next(steps).tolist()
+        [0, 1]
+        >>> steps.send([1, 2])
+        Traceback (most recent call last):
+        StopIteration: [1, 2]
+    """
     if found is None:
         found = store.get_many(keys)
     if len(found.positions) == len(keys):
@@ -96,7 +122,8 @@ def read_through(
     absent[found.positions] = False
     missing = np.flatnonzero(absent)
     firsts, which = _distinct_misses(keys, missing)
-    computed = list(_compute(keys, firsts, compute, store, batches))
+    computed: list[Found] = []
+    yield from _compute(keys, firsts, store, batches, computed.append)
     values = store.assemble(len(firsts), [Found(np.searchsorted(firsts, part), out) for part, out in computed])
     if len(firsts) < len(missing):  # duplicates share the value of the first of them
         values = _take(values, which)
@@ -123,22 +150,34 @@ def fill_through(
     """
     missing = store.missing(keys)
     firsts, _ = _distinct_misses(keys, missing)
-    for _ in _compute(keys, firsts, compute, store, batches):
-        pass
+    _run(_compute(keys, firsts, store, batches, lambda found: None), compute)
     return Counts(len(keys), len(keys) - len(missing), len(missing) - len(firsts), len(firsts))
+
+
+def _run(steps: Generator[Positions, Any, Answer], compute: Callable[[Positions], Any]) -> Answer:
+    """Compute whatever is asked for, and give the answer."""
+    values = None
+    while True:
+        try:
+            positions = steps.send(values)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+        values = None  # a fill has room for one batch at a time
+        values = compute(positions)
 
 
 def _compute(
     keys: Any,
     firsts: Positions,
-    compute: Callable[[Positions], Any],
     store: Store[Any, Any],
     batches: int | Batching | None,
-) -> Iterator[Found]:
-    """Compute each batch of distinct misses and store it before the next one starts."""
+    keep: Callable[[Found], None],
+) -> Generator[Positions, Any, None]:
+    """Have each batch of distinct misses computed, and store it before the next one starts."""
     times = np.zeros(len(keys), np.int64)
     for number, positions in enumerate(_split(firsts, batches), start=1):
-        values = compute(positions)
+        values = yield positions
         length = _length(values)
         if length != len(positions):
             got = f"a {type(values).__name__}" if length is None else f"{length} values"
@@ -147,7 +186,8 @@ def _compute(
             )
         store.put_many(_take(keys, positions), values)
         np.add.at(times, positions, 1)
-        yield Found(positions, values)
+        keep(Found(positions, values))
+        del values  # a fill has room for one batch at a time
     if times.sum() != len(firsts) or (times[firsts] != 1).any():  # an answer would have rows that nobody wrote
         raise ConfigError(
             f"batches gave {times.sum()} positions for {len(firsts)} distinct misses; give each exactly once, in any "

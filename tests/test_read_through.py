@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from quatcache.errors import BatchLengthError, ConfigError
 from quatcache.keys import content_keys
-from quatcache.read_through import Counts, fill_through, read_through
+from quatcache.read_through import Counts, fill_through, read_through, reading_through
 from quatcache.store import MemoryStore, TensorStore
 from tests.stores_for_tests import STORES, Clock, opened
 
@@ -221,3 +223,30 @@ def test_an_answer_is_not_what_was_computed_but_a_copy_of_it():
     first = read_through(keys[:2], lambda positions: output, store)
     read_through(keys[2:], lambda positions: output.mul_(5), store)
     assert first.tolist() == [[1.0] * 3] * 2
+
+
+def test_values_may_be_sent_in_one_by_one_as_a_coroutine_gets_them():
+    store, keys = MemoryStore(), ["a", "b", "a", "c"]
+    store.put_many(["b"], ["B"])
+    steps, asked = reading_through(keys, store, batches=1), []
+    values = None
+    with pytest.raises(StopIteration) as end:
+        while True:
+            positions = steps.send(values)
+            asked.append(positions.tolist())
+            values = [keys[position].upper() for position in positions]
+    assert asked == [[0], [3]]
+    assert end.value.value == ["A", "B", "A", "C"]
+
+
+def test_stop_iteration_in_a_computation_is_no_answer():
+    def ends(positions):
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        read_through(["a"], ends, MemoryStore())
+
+
+def test_mapping_that_makes_up_values_has_no_hits_of_its_own():
+    store = MemoryStore(collections.defaultdict(list))
+    assert read_through(["a"], lambda positions: ["computed"], store) == ["computed"]

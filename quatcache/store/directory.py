@@ -196,7 +196,7 @@ class CacheDirectory:
             for directory in sorted({store.directory for store in stores}):  # one order for all: no two wait in a ring
                 with self._refusing():
                     self._try_writing(directory)
-                    lock = FileLock(directory / FILL_LOCK)
+                    lock = FileLock(directory / FILL_LOCK, thread_local=False)  # another thread may give it back
                     self._acquire(lock, directory)
                 held.callback(lock.release)
             remove_leftovers(self.path)
