@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quatcache.data import SimilarityGroupSample, SimilarityPairSample
+    from quatcache.embedding_cache import EmbeddingCache, EmbeddingCacheStats
     from quatcache.encoders import Encoder
     from quatcache.errors import QuatcacheError
     from quatcache.sequences import PaddedSequences
@@ -24,6 +25,8 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "CacheType",
+    "EmbeddingCache",
+    "EmbeddingCacheStats",
     "Encoder",
     "PaddedSequences",
     "QuatcacheError",
@@ -41,6 +44,8 @@ _HOMES = {
     "CacheConfig": "quatcache.training",
     "CacheReport": "quatcache.training",
     "CacheType": "quatcache.training",
+    "EmbeddingCache": "quatcache.embedding_cache",
+    "EmbeddingCacheStats": "quatcache.embedding_cache",
     "Encoder": "quatcache.encoders",
     "PaddedSequences": "quatcache.sequences",
     "QuatcacheError": "quatcache.errors",
