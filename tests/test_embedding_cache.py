@@ -456,6 +456,7 @@ class TestTrouble:
 class TestKeys:
     def test_items_of_one_extracted_key_share_the_row_of_the_first(self, tmp_path, caplog):
         cached = cache(tmp_path, key_extractor=str.lower)
+        assert not cached.contains(["oaK", "elm"]).any()  # whoever is only looked for is not the first
         rows = cached.encode(["Oak", "oak", "elm"])
         assert torch.equal(rows, direct(HashingEncoder(), ["Oak", "Oak", "elm"]))
         assert torch.equal(cached.encode(["OAK"]), rows[:1]) and sorted(collated(cached)) == ["Oak", "elm"]

@@ -91,7 +91,7 @@ class EncoderRows:
     def contains(self, items: Sequence[Any]) -> npt.NDArray[np.bool_]:
         """Say which of N items have a row, without encoding any."""
         opened = self._current.open()
-        keys, _ = self._keys(opened, items, remember=False)
+        keys, _ = self._keys(opened, items)
         missing = opened.store.missing(keys)
         if len(missing) and opened.disk is not None:
             with opened.store.lock, suppress(StoreError):
@@ -128,7 +128,7 @@ class EncoderRows:
             self._told_of_keys = self._extracted.warn()
         return rows
 
-    def _keys(self, opened: OpenedRows, items: Sequence[Any], *, remember: bool = True) -> tuple[KeyArray, KeyArray]:
+    def _keys(self, opened: OpenedRows, items: Sequence[Any]) -> tuple[KeyArray, KeyArray]:
         """Give the keys of the rows of items, and those of their own content: others, where items share a row."""
         keys = self._scheme.keys(items, _NO_PLACES)
         if self._extracted is None:
@@ -137,7 +137,7 @@ class EncoderRows:
         with suppress(KeyTypeError):  # nothing to compare: perhaps the extractor was given for that reason
             content = self._scheme.content_keys(items)
         with self._keying:
-            rows = self._extracted.resolve(items, keys, content, opened.store, remember=remember)
+            rows = self._extracted.resolve(items, keys, content, opened.store)
         return rows, keys if content is None else content
 
     def _compare(self, opened: OpenedRows, items: Sequence[Any], own: KeyArray) -> None:

@@ -78,8 +78,6 @@ class ExtractedKeys:
         keys: KeyArray,
         content: KeyArray | None,
         store: RowStore | ExpectedRows,
-        *,
-        remember: bool = True,
     ) -> KeyArray:
         """Give the keys that the rows of items are stored under.
 
@@ -88,7 +86,6 @@ class ExtractedKeys:
             keys: Their extracted keys ``(N, 2)``.
             content: Their content keys ``(N, 2)``; None: they have none.
             store: Where rows are: one that was lost is made anew from an item that is here.
-            remember: Whether items that come later share the rows of these; false: only look.
 
         Returns:
             ``(N, 2)``.
@@ -103,9 +100,8 @@ class ExtractedKeys:
             rows[known] = before.numpy()
         lost = (store.rows_of(rows) < 0) & (rows != own).any(axis=1)
         rows[lost] = own[lost]
-        if remember:
-            self._rows.put_many(keys[firsts], torch.from_numpy(rows))
-            self._count(items, which, (content != rows[which]).any(axis=1))
+        self._rows.put_many(keys[firsts], torch.from_numpy(rows))
+        self._count(items, which, (content != rows[which]).any(axis=1))
         shared: KeyArray = rows[which]
         return shared
 

@@ -125,12 +125,6 @@ class EmbeddingTransformer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             twin._made = self._made
         return twin
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the cache: another process opens its own."""
-        state: dict[str, Any] = {**super().__getstate__()}
-        state.pop("_made", None)
-        return state
-
 
 def _column(X: Any) -> Sequence[Any]:
     """Give the items of a table of one column; what is no table is the items."""

@@ -120,6 +120,7 @@ def test_roles_have_rows_of_their_own(cached, plain):
     assert same(queries, plain.encode_query(TEXTS)) and same(documents, plain.encode_document(TEXTS))
     assert not np.allclose(queries, documents)
     assert computed(cached) == 2 * len(TEXTS)
+    assert [cache.encoder.role for cache in cached.caches] == [None, "query", "document"]
     cached.encode_query(TEXTS)
     assert computed(cached) == 2 * len(TEXTS)
 
@@ -170,6 +171,16 @@ def test_a_setting_that_is_changed_gives_other_rows(cached, plain):
     with truncated(5):
         assert cached.encode(long).shape == (1, 5)
     assert same(cached.encode(long), plain.encode(long))
+
+
+def test_rows_in_memory_stay_while_a_context_truncates_others(path):
+    cached = CachedSentenceTransformer(path)
+    truncated = getattr(cached, "truncate_embeddings", None) or cached.truncate_sentence_embeddings
+    for _ in range(2):
+        cached.encode(TEXTS)
+        with truncated(5):
+            cached.encode(TEXTS)
+    assert computed(cached) == 2 * len(TEXTS)
 
 
 def test_a_model_in_training_mode_is_put_into_eval_mode_as_encode_does(cached, plain):
