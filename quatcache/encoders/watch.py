@@ -29,7 +29,7 @@ _LONGEST = 64
 """A container with more entries counts as one thing: it is a vocabulary, or a memo."""
 
 _DEPTH = 4  # the pairs of a mapping are one level, their values the next
-_OF_TORCH = ("_forward_hooks", "_forward_pre_hooks")
+_OWN = frozenset({*vars(nn.Module()), "_deferred"}) - {"training"}
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
 
 
@@ -76,30 +76,41 @@ class Watch:
         return self._now() != self._marks
 
     def _now(self) -> list[Any]:
+        seen: set[int] = set()
         with passing_over([self._encoder]):
-            return [mark for module in self._encoder.modules() for mark in _marks(module)]
+            return [mark for module in self._encoder.modules() for mark in _marks(module, seen)]
 
 
-def _marks(module: nn.Module) -> Iterator[Any]:
+def _marks(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     yield id(module)
-    looked_at = _OF_TORCH if package_of(type(module)) == "torch" else None  # who sets an attribute of a layer is rare
-    for name, value in tuple(vars(module).items()):
-        if name == "_modules":
-            yield [(key, id(inner)) for key, inner in value.items()]
-        elif name in ("_parameters", "_buffers"):
-            yield [(key, _mark(inner, 0)) for key, inner in value.items()]
-        elif name != "_deferred" and (looked_at is None or name in looked_at):
-            yield name, _mark(value, 0)
+    held = vars(module)
+    for name in ("_parameters", "_buffers"):
+        for key, tensor in held[name].items():
+            yield key, None if tensor is None else _mark_of(tensor)
+    for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
+        if held[name]:
+            yield name, [(key, id(value)) for key, value in held[name].items()]
+    if package_of(type(module)) != "torch":  # nobody sets an attribute of a layer
+        for name, value in tuple(held.items()):
+            if name not in _OWN:
+                yield name, _mark(value, 0, seen)
 
 
-def _mark(value: Any, depth: int) -> Any:
+def _mark_of(tensor: torch.Tensor) -> Any:
+    address = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return id(tensor), address, None if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+def _mark(value: Any, depth: int, seen: set[int]) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), value
-    if isinstance(value, torch.Tensor):  # one of inference mode does not count writes
-        return id(value), None if value.is_inference() else value._version, value.dtype
+    if isinstance(value, torch.Tensor):
+        return _mark_of(value)
     if depth < _DEPTH and isinstance(value, Mapping | list | tuple | set | frozenset) and len(value) <= _LONGEST:
         inner = value.items() if isinstance(value, Mapping) else value
-        return type(value), [_mark(one, depth + 1) for one in inner]
-    if depth == 0 and not isinstance(value, type | nn.Module) and not isroutine(value):
-        return id(value), [(name, _mark(one, _DEPTH)) for name, one in tuple(getattr(value, "__dict__", {}).items())]
+        return type(value), [_mark(one, depth + 1, seen) for one in inner]
+    if depth == 0 and id(value) not in seen and not isinstance(value, type | nn.Module) and not isroutine(value):
+        seen.add(id(value))  # all modules of a model hold its configuration
+        held = tuple(getattr(value, "__dict__", {}).items())
+        return id(value), [(name, _mark(one, _DEPTH, seen)) for name, one in held]
     return id(value)
