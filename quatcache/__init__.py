@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quatcache.data import SimilarityGroupSample, SimilarityPairSample
+    from quatcache.embedding_cache import EmbeddingCache, EmbeddingCacheStats
     from quatcache.encoders import Encoder
     from quatcache.errors import BatchFunctionError, QuatcacheError
     from quatcache.memoize import cache_batch_variable, memoize_batch
@@ -26,6 +27,8 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "CacheType",
+    "EmbeddingCache",
+    "EmbeddingCacheStats",
     "Encoder",
     "PaddedSequences",
     "QuatcacheError",
@@ -46,6 +49,8 @@ _HOMES = {
     "CacheConfig": "quatcache.training",
     "CacheReport": "quatcache.training",
     "CacheType": "quatcache.training",
+    "EmbeddingCache": "quatcache.embedding_cache",
+    "EmbeddingCacheStats": "quatcache.embedding_cache",
     "Encoder": "quatcache.encoders",
     "PaddedSequences": "quatcache.sequences",
     "QuatcacheError": "quatcache.errors",

@@ -52,7 +52,8 @@ def canonical_bytes(item: Any) -> bytes:
     except RecursionError:
         raise KeyTypeError(
             f"an item is a {type(item).__name__} nested too deeply, or within itself, so it has no canonical bytes; "
-            f"give CacheConfig(key_extractors=...) a function that returns {PLAIN_KEY_TYPES}."
+            "give a key extractor, CacheConfig(key_extractors=...) or EmbeddingCache(key_extractor=...), that returns "
+            f"{PLAIN_KEY_TYPES}."
         ) from None
     return b"".join(parts)
 
@@ -140,7 +141,8 @@ def _write(parts: list[bytes], item: Any) -> None:
     else:
         raise KeyTypeError(
             f"an item holds {shorten(item)}, a {type(item).__name__} that has no canonical bytes; "
-            f"give CacheConfig(key_extractors=...) a function that returns {PLAIN_KEY_TYPES}."
+            "give a key extractor, CacheConfig(key_extractors=...) or EmbeddingCache(key_extractor=...), that returns "
+            f"{PLAIN_KEY_TYPES}."
         )
 
 

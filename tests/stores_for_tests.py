@@ -13,7 +13,7 @@ from cachetools import LRUCache, TTLCache
 
 from quatcache.keys import content_keys
 from quatcache.sequences import PaddedSequences
-from quatcache.store import DiskStore, MemoryStore, TensorStore
+from quatcache.store import DiskStore, LockedStore, MemoryStore, TensorStore
 
 DIGEST = "0123456789abcdef" * 2
 
@@ -102,7 +102,7 @@ class SequenceCase(RowCase):
         return values.values
 
 
-ROWS = ("tensor", "tensor-float16", "disk", "disk-shards", "disk-reopened", "loaded")
+ROWS = ("tensor", "tensor-float16", "locked", "disk", "disk-shards", "disk-reopened", "loaded")
 SEQUENCES = tuple(f"{name}, sequences" for name in ROWS)
 STORES = ("memory", "lru", "ttl", "declining", *ROWS, *SEQUENCES)
 EXACT = tuple(name for name in STORES if name not in {"lru", "ttl", "declining"})
@@ -135,6 +135,8 @@ def row_store(kind, path):
     """Make an empty row store of one kind."""
     if kind == "tensor":
         return TensorStore()
+    if kind == "locked":
+        return LockedStore(TensorStore())
     if kind == "tensor-float16":
         return TensorStore(dtype=torch.float16, capacity=5)
     if kind == "disk":

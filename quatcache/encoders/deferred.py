@@ -26,7 +26,15 @@ from quatcache.encoders.layouts import ModelFiles
 from quatcache.encoders.serialised import JSON
 from quatcache.errors import ModelDefinitionError
 
-__all__ = ["Deferred", "as_if_alone", "deciding_versions", "is_loaded", "load_or_defer", "passing_over"]
+__all__ = [
+    "Deferred",
+    "as_if_alone",
+    "deciding_versions",
+    "device_of",
+    "is_loaded",
+    "load_or_defer",
+    "passing_over",
+]
 
 _DECIDE = (
     *("quatcache", "torch", "torchvision", "torchaudio", "transformers", "tokenizers", "sentencepiece", "tiktoken"),
@@ -190,3 +198,10 @@ def deciding_versions() -> dict[str, JSON]:
         except PackageNotFoundError:
             continue
     return known
+
+
+def device_of(encoder: Any) -> torch.device:
+    """Say where an encoder computes: where its tensors are, or where they will be once it is loaded."""
+    if not is_loaded(encoder):
+        return encoder._deferred.device or torch.device("cpu")
+    return next((tensor.device for tensor in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))

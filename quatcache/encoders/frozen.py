@@ -175,7 +175,7 @@ class FrozenEncoder:
                 f"encoder {self.name!r} returned shape {tuple(rows.shape)} for {len(items)} items; return one row per "
                 f"item, shape {wanted}."
             )
-        if rows.shape[-1] != self.encoder.embedding_size:
+        if self.encoder.embedding_size not in (None, rows.shape[-1]):  # of a function it is not known
             raise EncoderOutputError(
                 f"encoder {self.name!r} returned rows of size {rows.shape[-1]}, its embedding_size says "
                 f"{self.encoder.embedding_size}; make them agree."

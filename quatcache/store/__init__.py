@@ -4,6 +4,7 @@ from quatcache.store.budget import BudgetStore
 from quatcache.store.directory import CacheDirectory, environment
 from quatcache.store.disk import DiskStore
 from quatcache.store.known import KnownModels
+from quatcache.store.locked import LockedStore
 from quatcache.store.memory import MemoryStore
 from quatcache.store.protocol import Found, Positions, RowStore, Store
 from quatcache.store.safetensors_writer import DTYPES
@@ -18,6 +19,7 @@ __all__ = [
     "DiskStore",
     "Found",
     "KnownModels",
+    "LockedStore",
     "MemoryStore",
     "Positions",
     "RowStore",

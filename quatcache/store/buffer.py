@@ -56,7 +56,7 @@ def as_rows(values: Batch, row_shape: tuple[int, ...] | None, dtype: torch.dtype
     if infinite.any() and (infinite := infinite & torch.isfinite(values)).any():
         raise EncoderOutputError(
             f"a value of {values[infinite].abs().max().item():.4g} does not fit the storage dtype {dtype}; "
-            "use CacheConfig(dtype=torch.bfloat16) or leave dtype unset."
+            "use dtype=torch.bfloat16 or leave dtype unset."
         )
     return stored
 

@@ -15,7 +15,8 @@ import torch
 
 from quatcache.errors import ConfigError, QuatcacheError, shorten
 from quatcache.keys import KeyExtractor
-from quatcache.units import counted, parse_size
+from quatcache.settings import byte_budget, check_save_dir, check_verify, float_dtype, is_count
+from quatcache.units import counted
 
 __all__ = ["CacheConfig", "CacheType", "checked_config"]
 
@@ -121,10 +122,10 @@ class CacheConfig:
         if not isinstance(self.mapping, Mapping):
             raise ConfigError(f"mapping is {shorten(self.mapping)}; give a dict of encoder names to tiers.")
         set_(self, "mapping", {name: _tier(f"mapping[{name!r}]", tier) for name, tier in dict(self.mapping).items()})
-        _float_dtype(self.dtype)
-        if not _is_count(self.batch_size, 1):
+        float_dtype(self.dtype)
+        if not is_count(self.batch_size, 1):
             raise ConfigError(f"batch_size is {self.batch_size!r}; give the items per encoder call, at least 1.")
-        if self.num_workers is not None and not _is_count(self.num_workers, 0):
+        if self.num_workers is not None and not is_count(self.num_workers, 0):
             raise ConfigError(f"num_workers is {self.num_workers!r}; give a number of processes, 0 for none, or None.")
         if self.labels not in ("auto", True, False) or isinstance(self.labels, int) != isinstance(self.labels, bool):
             raise ConfigError(f"labels is {self.labels!r}; use 'auto', True or False.")
@@ -136,20 +137,15 @@ class CacheConfig:
                     f"key_extractors {'holds' if extractors is given else 'is'} {shorten(extractor)}; give a function "
                     "from an item to its key, or a dict of them by encoder name."
                 )
-        if self.save_dir is not None and not (
-            isinstance(self.save_dir, str | os.PathLike) and os.fspath(self.save_dir)
-        ):
-            raise ConfigError(
-                f"save_dir is {shorten(self.save_dir)}; name a directory, or leave it unset to cache in memory."
-            )
-        if not _is_count(self.num_views, 1):
+        check_save_dir(self.save_dir)
+        if not is_count(self.num_views, 1):
             raise ConfigError(f"num_views is {self.num_views!r}; give the versions of each sample, at least 1.")
         if self.num_views > 1 and extractors:
             raise ConfigError(
                 f"num_views is {self.num_views} and key_extractors are set, so the views of a sample would share one "
                 "key and one row; use one of the two."
             )
-        set_(self, "max_size", _bytes(self.max_size))
+        set_(self, "max_size", byte_budget(self.max_size))
         for setting, values in (("fill", ("eager", "lazy")), ("on_miss", ("encode", "error"))):
             if getattr(self, setting) not in values:
                 raise ConfigError(f"{setting} is {getattr(self, setting)!r}; use {values[0]!r} or {values[1]!r}.")
@@ -158,8 +154,7 @@ class CacheConfig:
                 "fill is 'lazy' and on_miss is 'error', so the first batch would end the run; use fill='eager' or "
                 "on_miss='encode'."
             )
-        if self.verify != "auto" and not _is_count(self.verify, 0):
-            raise ConfigError(f"verify is {self.verify!r}; give a number of rows, 0 for none, or 'auto'.")
+        check_verify(self.verify)
         for setting in ("checksums", "memory_map"):
             if not isinstance(getattr(self, setting), bool):
                 raise ConfigError(f"{setting} is {getattr(self, setting)!r}; use True or False.")
@@ -171,7 +166,7 @@ class CacheConfig:
     @property
     def storage_dtype(self) -> torch.dtype | None:
         """The dtype that ``dtype`` names; None: as the encoder gives it."""
-        return _float_dtype(self.dtype)
+        return float_dtype(self.dtype)
 
     def tiers(self) -> set[CacheType]:
         """List the tiers that are asked for by name or by default."""
@@ -265,30 +260,3 @@ def _tier(setting: str, value: object) -> CacheType:
     except ValueError:
         names = ", ".join(tier.name for tier in CacheType)
         raise ConfigError(f"{setting} is {value!r}; use one of CacheType.{names}.") from None
-
-
-def _float_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    known = {
-        str(dtype).removeprefix("torch."): dtype
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    }
-    dtype = known.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if value is not None and dtype not in known.values():
-        raise ConfigError(
-            f"dtype is {value!r}; use one of {', '.join(known)}, or None to store what the encoder gives."
-        )
-    return dtype
-
-
-def _bytes(value: object) -> int | None:
-    try:
-        size = parse_size(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise ConfigError(f"max_size: {error}.") from None
-    if size is not None and not _is_count(size, 1):
-        raise ConfigError(f"max_size is {value!r}; give a number of bytes, a size such as '8GiB', or None.")
-    return size  # type: ignore[return-value]
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

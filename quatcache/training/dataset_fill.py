@@ -16,17 +16,17 @@ import torch
 
 from quatcache.data.batches import CachedColumns
 from quatcache.data.samples import LAYOUTS
+from quatcache.encoders.calls import WINDOW
+from quatcache.encoders.extracted import ExpectedRows
 from quatcache.errors import ConfigError
 from quatcache.keys import KeyArray
+from quatcache.progress import FillProgress
 from quatcache.read_through import Counts
 from quatcache.store import CacheDirectory, DatasetTable
-from quatcache.training.calls import WINDOW
 from quatcache.training.chunk_loading import load_chunks
 from quatcache.training.columns import ColumnsInMaking, Part
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.extracted import ExpectedRows
 from quatcache.training.keying import Chunk, ChunkReader
-from quatcache.training.progress import FillProgress
 from quatcache.training.verify import SAMPLED, matching_table, reread
 from quatcache.training.views import changing
 
@@ -244,7 +244,7 @@ class DatasetFill:
             for encoder in self.encoders:
                 if encoder.extracted is not None:
                     column = encoder.scheme.row_column
-                    rows = encoder.extracted.resolve(chunk, expected[encoder.name]).keys[column]
+                    rows = encoder.resolve(chunk, expected[encoder.name]).keys[column]
                     expected[encoder.name].expect(rows.reshape(-1, 2))
                     columns.put_keys(indices, column, rows)
         self._columns, self._unread = columns, unread

@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quatcache.encoders.calls import CallPlan, EncoderCalls
+from quatcache.encoders.canary import Canary
+from quatcache.encoders.extracted import ExpectedRows, ExtractedKeys
 from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.errors import CacheMissError, ConfigError, StoreError, shorten
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts, fill_through, read_through
 from quatcache.store import BudgetStore, DiskStore, Positions, RowStore, TensorStore
-from quatcache.store.buffer import as_rows
-from quatcache.training.calls import CallPlan, shortest_first
-from quatcache.training.canary import Canary
-from quatcache.training.extracted import ExtractedKeys
-from quatcache.training.keying import Chunk, KeyScheme
+from quatcache.training.keying import Chunk
 from quatcache.training.lightning import isolate_rng
 from quatcache.training.memory import refuse_to_swap
 from quatcache.training.placement import Placement
@@ -135,9 +135,23 @@ class EncoderFill:
         if self.canary is not None:
             self.canary.conclude()
 
-    def resolve(self, chunk: Chunk) -> Chunk:
-        """Add the keys that rows are stored under, if they are others than those of the items."""
-        return chunk if self.extracted is None else self.extracted.resolve(chunk, self.store)
+    def take_time(self, seconds: float) -> None:
+        """Count time that was spent in the encoder."""
+        self.seconds += seconds
+
+    def resolve(self, chunk: Chunk, rows: ExpectedRows | None = None) -> Chunk:
+        """Add the keys that rows are stored under, if they are others than those of the items.
+
+        Args:
+            chunk: As it was read.
+            rows: What counts as a row that is there; None: what is in the store.
+        """
+        if self.extracted is None:
+            return chunk
+        keys, content = chunk.keys[self.name], chunk.keys.get(self.scheme.content_column)
+        flat = None if content is None else content.reshape(-1, 2)
+        found = self.extracted.resolve(chunk.items, keys.reshape(-1, 2), flat, self.store if rows is None else rows)
+        return chunk._replace(keys={**chunk.keys, self.scheme.row_column: found.reshape(keys.shape)})
 
     @property
     def _kept(self) -> RowStore:
@@ -211,7 +225,7 @@ class EncoderFill:
         if isinstance(kept, BudgetStore):
             positions = self.affordable(keys)
             keys, items = keys[positions], [items[position] for position in positions.tolist()]
-        calls = _Calls(self, items, batch_size, ahead=True)
+        calls = EncoderCalls(self.frozen, self.calls, items, batch_size, dtype=self.dtype, took=self.take_time)
         counts = fill_through(keys, calls.encode, kept, batches=calls.split)
         self.counts += counts
         return counts
@@ -269,58 +283,17 @@ class EncoderFill:
             self.shared.leave()
 
 
-class _Calls:
-    """The encoder calls for the misses among some items: how read-through splits them, and what computes each.
-
-    Args:
-        fill: The encoder.
-        items: N items.
-        batch_size: Upper bound of items per call.
-        ahead: Whether the next call is collated while one is encoded.
-    """
-
-    def __init__(self, fill: EncoderFill, items: Sequence[Any], batch_size: int, *, ahead: bool) -> None:
-        self._fill = fill
-        self._items = items
-        self._batch_size = batch_size
-        self._ahead = ahead
-        self._encoder: FrozenEncoder | None = None
-        self._current: Sequence[Any] = ()
-        self._following: Sequence[Any] = ()
-
-    def split(self, positions: Positions) -> Iterator[Positions]:
-        self._encoder = encoder = self._fill.frozen()  # once for all calls: it looks at the weights
-        started = time.monotonic()
-        items = [self._items[position] for position in positions.tolist()]
-        calls = self._fill.calls.split(items, self._batch_size)
-        if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is a call of the shortest
-            calls = shortest_first(calls)
-        self._following = [items[place] for place in calls[0].tolist()]
-        self._fill.seconds += time.monotonic() - started
-        for call, following in zip(calls, [*calls[1:], calls[0][:0]], strict=True):
-            self._current, self._following = self._following, [items[place] for place in following.tolist()]
-            yield positions[call]
-
-    def encode(self, _positions: Positions) -> Any:
-        """Encode the call that was split off last."""
-        assert self._encoder is not None
-        started = time.monotonic()
-        rows = self._encoder.encode(self._current, self._following if self._ahead else ())
-        if self._fill.dtype is not None:  # the same row whether it is found or was just made
-            rows = as_rows(rows, None, self._fill.dtype).to(rows.dtype)
-        self._fill.seconds += time.monotonic() - started
-        return rows
-
-
-class _StepCalls(_Calls):
-    """The same for a step, in which other ranks may encode some of the items (with keys ``(N, 2)``) and hand on rows.
+class _StepCalls(EncoderCalls):
+    """The calls of a step, in which other ranks may encode some of the items (keys ``(N, 2)``), and hand on their rows.
 
     Attributes:
         encoded: Items that were encoded here so far.
     """
 
     def __init__(self, fill: EncoderFill, items: Sequence[Any], batch_size: int, keys: KeyArray) -> None:
-        super().__init__(fill, items, batch_size, ahead=False)  # a step has few calls: no thread in training
+        # a step has few calls: no thread in training
+        super().__init__(fill.frozen, fill.calls, items, batch_size, dtype=fill.dtype, took=fill.take_time, ahead=False)
+        self._fill = fill
         self.encoded = 0
         self._keys = keys
         self._given: Any = None

@@ -1,4 +1,4 @@
-"""How the items of a dataset get their keys for one encoder, and the reading of a dataset in chunks.
+"""The reading of a dataset in chunks whose items are keyed for every encoder.
 
 A chunk is read, taken apart and keyed where the loader of the fill runs it, in a worker if there are any. Row numbers
 are never given out there: only the store hands out rows, so workers cannot disagree about them.
@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from quatcache.data.batches import given_samples
 from quatcache.data.samples import SampleColumns, in_columns, target_column
-from quatcache.encoders.encoder import Encoder
-from quatcache.errors import KeyTypeError, shorten
-from quatcache.keys import KeyArray, KeyExtractor, content_keys, extracted_keys, index_keys, index_salt
+from quatcache.encoders.key_scheme import KeyScheme
+from quatcache.errors import KeyTypeError
+from quatcache.keys import KeyArray
 
-__all__ = ["Chunk", "ChunkReader", "KeyScheme", "unkeyable"]
+__all__ = ["Chunk", "ChunkReader", "unkeyable"]
 
 TRIED = 8
 
@@ -49,80 +49,6 @@ class Chunk(NamedTuple):
         """Positions of the items as a batch has them: the first of all samples before the second ones."""
         order: npt.NDArray[np.int64] = np.arange(len(self.items)).reshape(len(self.indices), -1).T.reshape(-1)
         return order
-
-
-@dataclass(frozen=True)
-class KeyScheme:
-    """How one encoder keys items.
-
-    Attributes:
-        name: The encoder's name.
-        content: Narrows an item to what the encoder sees; None: the item itself.
-        extractor: The user's key extractor; None: keys are hashes of the content.
-        salt: Set for items without canonical bytes: keys then stand for indices of one run.
-    """
-
-    name: str
-    content: Callable[[Any], Any] | None = None
-    extractor: KeyExtractor | None = None
-    salt: bytes | None = None
-
-    @classmethod
-    def of(cls, name: str, encoder: Encoder, extractor: KeyExtractor | None) -> KeyScheme:
-        """Give the scheme of an encoder."""
-        narrows = type(encoder).content is not Encoder.content
-        return cls(name, encoder.content if narrows else None, extractor)
-
-    def by_index(self) -> KeyScheme:
-        """Give the fallback for items without canonical bytes."""
-        return replace(self, salt=index_salt())
-
-    @property
-    def content_column(self) -> str:
-        """Name of the column of content keys beside extracted ones."""
-        return f"{self.name}#content"
-
-    @property
-    def row_column(self) -> str:
-        """Name of the column of keys that rows are stored under."""
-        return self.name if self.extractor is None else f"{self.name}#row"
-
-    def keys_like(self, other: KeyScheme) -> bool:
-        """Say whether another encoder's keys are the same for every item."""
-        return self.content == other.content and self.extractor is other.extractor and self.salt == other.salt
-
-    def keys(self, items: Sequence[Any], places: npt.NDArray[np.int64]) -> KeyArray:
-        """Key N items.
-
-        Args:
-            items: The items.
-            places: The place of each item in its dataset, for index keys.
-
-        Returns:
-            Keys ``(N, 2)``.
-
-        Raises:
-            KeyTypeError: An item without canonical bytes, or an extractor that returns an unsupported type.
-        """
-        if self.extractor is not None:
-            return extracted_keys([self._extract(item) for item in items])
-        if self.salt is not None:
-            return index_keys(places.tolist(), self.salt)
-        return self.content_keys(items)
-
-    def content_keys(self, items: Sequence[Any]) -> KeyArray:
-        """Hash what the encoder sees of N items."""
-        return content_keys(items if self.content is None else [self.content(item) for item in items])
-
-    def _extract(self, item: Any) -> Any:
-        assert self.extractor is not None
-        try:
-            return self.extractor(item)
-        except Exception as error:
-            raise KeyTypeError(
-                f"the key extractor of encoder {self.name!r} failed on item {shorten(item)} "
-                f"({type(error).__name__}: {error}); correct the extractor or the item."
-            ) from error
 
 
 @dataclass

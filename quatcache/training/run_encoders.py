@@ -10,18 +10,19 @@ import torch
 
 from quatcache.data.devices import to_device
 from quatcache.encoders import Encoder, Identity
+from quatcache.encoders.calls import CallPlan
+from quatcache.encoders.extracted import ExtractedKeys
 from quatcache.encoders.frozen import FrozenEncoder, prove_fixed
 from quatcache.encoders.identity import autocast_of
+from quatcache.encoders.key_scheme import KeyScheme
+from quatcache.encoders.opening import canary_for, open_rows
+from quatcache.encoders.recall import Recall
 from quatcache.errors import NotFrozenError, StoreError
 from quatcache.store import CacheDirectory, RowStore, TensorStore
-from quatcache.training.calls import CallPlan
 from quatcache.training.config import CacheConfig
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.extracted import ExtractedKeys
-from quatcache.training.keying import ChunkReader, KeyScheme, unkeyable
+from quatcache.training.keying import ChunkReader, unkeyable
 from quatcache.training.lightning import LightningModule, Trainer
-from quatcache.training.opening import canary_for, open_rows
-from quatcache.training.recall import Recall
 
 __all__ = ["RunEncoders"]
 
@@ -121,11 +122,12 @@ class RunEncoders:
                 canary=canary_for(
                     name,
                     stores[own],
-                    self._config,
                     partial(self._frozen_encoder, name),
                     partial(_dtypes, encoder),
-                    self._trainer,
                     device,
+                    precision=str(self._trainer.precision),
+                    verify=self._config.verify,
+                    batch_size=self._config.batch_size,
                 ),
                 dtype=self._config.storage_dtype,
                 max_size=self._config.max_size,  # type: ignore[arg-type]  # a number since it was checked

@@ -10,6 +10,7 @@ from typing import Any
 
 from quatcache.encoders import Encoder
 from quatcache.errors import NotFrozenError, StoreError
+from quatcache.progress import FillProgress, fill_progress
 from quatcache.store import CacheDirectory, DiskStore
 from quatcache.training.config import CacheConfig
 from quatcache.training.dataset_fill import DatasetFill
@@ -18,7 +19,6 @@ from quatcache.training.encoder_fill import EncoderFill
 from quatcache.training.keying import ChunkReader
 from quatcache.training.lightning import LightningModule, Trainer
 from quatcache.training.meeting import MetSamples
-from quatcache.training.progress import FillProgress, fill_progress
 from quatcache.training.report import CacheReport
 from quatcache.training.run_encoders import RunEncoders
 from quatcache.training.shared_steps import SharedSteps

@@ -20,19 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quatcache.encoders.calls import WINDOW
+from quatcache.encoders.extracted import ExpectedRows
 from quatcache.keys import KeyArray, KeyIndex, distinct
+from quatcache.progress import FillProgress
 from quatcache.read_through import Counts
 from quatcache.store import DatasetTable, DiskStore
 from quatcache.store.files import content_digest
 from quatcache.store.parts import Claims
-from quatcache.training.calls import WINDOW
 from quatcache.training.columns import ColumnsInMaking, Part
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.distributed import Together
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.extracted import ExpectedRows
 from quatcache.training.keying import Chunk
-from quatcache.training.progress import FillProgress
 
 __all__ = ["SharedFill"]
 

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from xxhash import xxh3_64_intdigest
 
 from quatcache.data.batches import INDICES, Batch, BatchReader, CachedColumns
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.errors import ConfigError, KeyTypeError
-from quatcache.training.keying import ChunkReader, KeyScheme
+from quatcache.training.keying import ChunkReader
 from quatcache.training.verify import reread
 
 __all__ = ["ViewChoice", "ViewReader", "Views", "as_views", "changing"]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from quatcache import CacheConfig, CacheType
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.errors import ConfigError
 from quatcache.keys import content_keys
 from quatcache.store import BudgetStore, TensorStore
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.keying import KeyScheme
 from tests.fits import HashingEncoder, Model, Texts, TrainableHashing, fit, loader, same_run, texts
 from tests.training.test_law_same_training import SAMPLERS, SAMPLES, loss_for
 

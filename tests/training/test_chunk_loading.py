@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from quatcache.data import read_sample
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.keys import content_keys
 from quatcache.training.chunk_loading import load_chunks
-from quatcache.training.keying import ChunkReader, KeyScheme
+from quatcache.training.keying import ChunkReader
 from tests.fits import Texts
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from quatcache import CacheConfig, SimilarityPairSample
+from quatcache.encoders.calls import PROVING
 from quatcache.errors import CollateError
 from quatcache.losses import MultipleNegativesRankingLoss
-from quatcache.training.calls import PROVING
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from quatcache import CacheConfig, PaddedSequences, SimilarityPairSample, cli
+from quatcache.encoders.canary import relative_differences
 from quatcache.errors import EncoderOutputError, NotFrozenError, StaleRowsError
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.store import CacheDirectory
 from quatcache.store.inspection import check_cache, inspect_cache
-from quatcache.training.canary import relative_differences
 from quatcache.training.plan import plan
 from tests.fits import Failing, HashingEncoder, Model, Texts, fit, loader, same_run, texts
 from tests.ragged import LettersEncoder, MapHead, PatchesEncoder, SumHead

@@ -58,7 +58,7 @@ def test_what_was_not_measured_is_not_told():
 
 def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
-    monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
+    monkeypatch.setattr("quatcache.encoders.calls.time", Ticking(0.5))
     model = Model(cache=CacheConfig(batch_size=8))
     fit(model, loader(Texts(texts(40))), loader(Texts(texts(10))), max_epochs=3, limit_train_batches=4)
     found = model.cache_callback.report
@@ -69,8 +69,8 @@ def test_a_fit_counts_the_rows_and_the_time_of_its_epochs(monkeypatch):
 
 
 def test_encoding_in_steps_counts_as_filling_and_not_as_an_epoch_from_the_cache(monkeypatch):
-    for module, step in (("receipt", 10.0), ("encoder_fill", 0.25), ("session", 0.0)):
-        monkeypatch.setattr(f"quatcache.training.{module}.time", Ticking(step))
+    for module, step in (("training.receipt", 10.0), ("encoders.calls", 0.25), ("training.session", 0.0)):
+        monkeypatch.setattr(f"quatcache.{module}.time", Ticking(step))
     model = Model(cache=CacheConfig(fill="lazy"))
     fit(model, loader(Texts(texts(40))))
     found = model.cache_callback.report
@@ -81,7 +81,7 @@ def test_encoding_in_steps_counts_as_filling_and_not_as_an_epoch_from_the_cache(
 
 def test_warm_start_knows_the_pace_of_the_fill(tmp_path, monkeypatch):
     monkeypatch.setattr("quatcache.training.receipt.time", Ticking(1.0))
-    monkeypatch.setattr("quatcache.training.encoder_fill.time", Ticking(0.5))
+    monkeypatch.setattr("quatcache.encoders.calls.time", Ticking(0.5))
     reports = []
     for count in (40, 40, 80, 80):
         model = Model(cache=CacheConfig(save_dir=tmp_path, batch_size=8))

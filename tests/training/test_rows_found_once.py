@@ -8,13 +8,14 @@ import torch
 
 from quatcache import CacheConfig
 from quatcache.data import read_sample
+from quatcache.encoders.calls import CallPlan
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.keys import content_keys
 from quatcache.store import DatasetTable, DiskStore, TensorStore
-from quatcache.training.calls import CallPlan
 from quatcache.training.columns import ColumnsInMaking
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.keying import Chunk, KeyScheme
+from quatcache.training.keying import Chunk
 from quatcache.training.meeting import MetSamples
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, texts
 from tests.stores_for_tests import DIGEST

@@ -15,12 +15,11 @@ import torch
 import torchmetrics
 from pytorch_lightning.callbacks import BaseFinetuning, Callback, ModelSummary, StochasticWeightAveraging
 
-from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
+from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder, opening
 from quatcache.encoders import identity as identities
 from quatcache.encoders.deferred import is_loaded
 from quatcache.errors import ConfigError, StaleRowsError
 from quatcache.store import CacheDirectory, known
-from quatcache.training import opening
 from tests.fits import Failing, Model, Texts, cached, fit, head_of, loader, same_run, texts, trainer
 from tests.tiny import edit_json, write_tiny
 

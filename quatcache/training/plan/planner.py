@@ -21,18 +21,19 @@ from torch.utils.data import DataLoader
 
 from quatcache.data.samples import read_sample
 from quatcache.encoders import Encoder, identify
+from quatcache.encoders.calls import CallPlan
+from quatcache.encoders.extracted import ExtractedKeys
 from quatcache.encoders.frozen import prove_fixed
 from quatcache.encoders.identity import autocast_of
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.errors import ConfigError
 from quatcache.store import CacheDirectory, DatasetTable, DiskStore, RowStore, TensorStore
-from quatcache.training.calls import CallPlan
 from quatcache.training.command_line import command_line
 from quatcache.training.config import CacheConfig, CacheType
 from quatcache.training.dataset_fill import DatasetFill
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.guards import encoders_of
-from quatcache.training.keying import KeyScheme, unkeyable
+from quatcache.training.keying import unkeyable
 from quatcache.training.lightning import LightningDataModule, LightningModule, Trainer, isolate_rng
 from quatcache.training.memory import free_memory
 from quatcache.training.placement import pick_tier

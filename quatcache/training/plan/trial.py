@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quatcache.encoders.calls import WINDOW
+from quatcache.encoders.extracted import ExtractedKeys
 from quatcache.keys import KeyArray
 from quatcache.read_through import Counts
 from quatcache.store import TensorStore
 from quatcache.store.protocol import RowShape, Values
-from quatcache.training.calls import WINDOW
 from quatcache.training.encoder_fill import EncoderFill
-from quatcache.training.extracted import ExtractedKeys
 from quatcache.training.keying import Chunk
 from quatcache.training.plan.counting import KeysOf, random_parts
 

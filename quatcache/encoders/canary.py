@@ -130,7 +130,7 @@ class Canary:
                 f"{wrong} of {len(chosen)} rows of encoder {self.name!r} in {self._store.directory} differ from what "
                 f"it gives now, by up to {float(differences.max()):.3g} of their length (allowed: {tolerance:g})"
                 f"{self._changes()}; delete that directory to encode afresh, or use the rows as they are with "
-                "CacheConfig(verify=0)."
+                "verify=0."
             )
         self.wanted -= len(chosen)
         self.compared += len(chosen)

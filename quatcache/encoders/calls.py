@@ -11,7 +11,8 @@ Calls do not enter the identity of an encoder: a row differs by 1e-7 of its leng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ import torch
 from quatcache.data.batches import collate_items
 from quatcache.encoders.deferred import is_loaded
 from quatcache.encoders.encoder import Encoder
+from quatcache.encoders.frozen import FrozenEncoder
 from quatcache.encoders.token_counts import are_texts
 from quatcache.errors import BatchLengthError
 from quatcache.store import Positions
+from quatcache.store.buffer import as_rows
 
-__all__ = ["TOKENS_PER_CALL", "WINDOW", "CallPlan", "shortest_first"]
+__all__ = ["TOKENS_PER_CALL", "WINDOW", "CallPlan", "EncoderCalls", "shortest_first"]
 
 WINDOW = 16
 """Encoder batches of one window: items are sorted by length within it, so that a call has little padding."""
@@ -157,3 +160,82 @@ def shortest_first(calls: Sequence[Positions]) -> list[Positions]:
     *others, shortest = calls
     rest = [shortest[:-PROVING]] if len(shortest) > PROVING else []
     return [shortest[-PROVING:], *others, *rest]
+
+
+class EncoderCalls:
+    """The encoder calls for the misses among some items: how read-through splits them, and what computes each.
+
+    Args:
+        frozen: Makes the real encoder ready, when the first item must be encoded.
+        plan: Splits items into calls.
+        items: N items.
+        batch_size: Upper bound of items per call.
+        dtype: Storage dtype, to which rows are rounded: the same row whether it is found or was just made.
+        took: Told the seconds of each piece of work in the encoder, collating included.
+        ahead: Whether the next call is collated while one is encoded.
+
+    Example:
+        >>> from quatcache.encoders import ModuleEncoder
+        >>> from quatcache.keys import content_keys
+        >>> from quatcache.read_through import read_through
+        >>> from quatcache.store import TensorStore
+        >>> encoder, items = ModuleEncoder(torch.nn.Identity(), torch.tensor, 1), [[1.0], [2.0], [1.0]]
+        >>> plan = CallPlan("same", encoder, torch.device("cpu"))
+        >>> calls = EncoderCalls(lambda: FrozenEncoder("same", encoder), plan, items, batch_size=32)
+        >>> read_through(content_keys(items), calls.encode, TensorStore(), batches=calls.split).flatten()
+        tensor([1., 2., 1.])
+    """
+
+    def __init__(
+        self,
+        frozen: Callable[[], FrozenEncoder],
+        plan: CallPlan,
+        items: Sequence[Any],
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        took: Callable[[float], None] = lambda seconds: None,
+        ahead: bool = True,
+    ) -> None:
+        """Encode nothing yet."""
+        self._frozen = frozen
+        self._plan = plan
+        self._items = items
+        self._batch_size = batch_size
+        self._dtype = dtype
+        self._took = took
+        self._ahead = ahead
+        self._encoder: FrozenEncoder | None = None
+        self._current: Sequence[Any] = ()
+        self._following: Sequence[Any] = ()
+
+    def split(self, positions: Positions) -> Iterator[Positions]:
+        """Split the positions of distinct misses into calls; each is to be encoded before the next one is asked for."""
+        self._encoder = encoder = self._frozen()  # once for all calls: it looks at the weights
+        started = time.monotonic()
+        items = [self._items[position] for position in positions.tolist()]
+        calls = self._plan.split(items, self._batch_size)
+        if not encoder.proven:  # what is encoded twice, as proof that the encoder is frozen, is a call of the shortest
+            calls = shortest_first(calls)
+        self._following = [items[place] for place in calls[0].tolist()]
+        self._took(time.monotonic() - started)
+        for call, following in zip(calls, [*calls[1:], calls[0][:0]], strict=True):
+            self._current, self._following = self._following, [items[place] for place in following.tolist()]
+            yield positions[call]
+
+    def encode(self, positions: Positions) -> Any:
+        """Encode the call that was split off last.
+
+        Args:
+            positions: Those of its items.
+
+        Returns:
+            Rows ``(n, *shape)``, or :class:`~quatcache.sequences.PaddedSequences`.
+        """
+        assert self._encoder is not None
+        started = time.monotonic()
+        rows = self._encoder.encode(self._current, self._following if self._ahead else ())
+        if self._dtype is not None:
+            rows = as_rows(rows, None, self._dtype).to(rows.dtype)
+        self._took(time.monotonic() - started)
+        return rows

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 
-from quatcache.encoders import Identity
+from quatcache.encoders.canary import Canary
 from quatcache.encoders.frozen import FrozenEncoder
+from quatcache.encoders.identity import Identity
 from quatcache.store import CacheDirectory, DiskStore, RowStore, environment
-from quatcache.training.canary import Canary
-from quatcache.training.config import CacheConfig
-from quatcache.training.lightning import Trainer
 
 __all__ = ["canary_for", "closest_differences", "open_rows"]
 
@@ -70,30 +69,32 @@ def closest_differences(identity: Identity, directory: CacheDirectory) -> list[s
 def canary_for(
     name: str,
     store: RowStore,
-    config: CacheConfig,
     encoder: Callable[[], FrozenEncoder],
     dtypes: Callable[[], Iterable[torch.dtype]],
-    trainer: Trainer,
     device: torch.device,
+    *,
+    precision: str,
+    verify: Literal["auto"] | int,
+    batch_size: int,
 ) -> Canary | None:
     """Make the canary of one encoder; None for rows of this run only.
 
     Args:
         name: Its name in the model.
         store: Its rows.
-        config: How much to verify, and in batches of which size.
         encoder: Makes the real encoder ready.
         dtypes: Gives those of its weights, once it is loaded: their rounding shows in its rows.
-        trainer: Its precision decides how far rows may differ.
         device: Where the encoder computes.
+        precision: In which it does, as a trainer names it: it decides how far rows may differ.
+        verify: How many rows to compare; see :class:`Canary`.
+        batch_size: Items per encoder call, at most.
     """
     if not isinstance(store, DiskStore):
         return None
-    precision = str(trainer.precision)
     autocast = {torch.bfloat16} if "bf16" in precision else {torch.float16} if "16" in precision else set()
 
     def narrowest() -> torch.dtype | None:
         rounding = {*dtypes(), *autocast}
         return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in rounding), None)
 
-    return Canary(name, store, environment(device), config.verify, encoder, config.batch_size, narrowest)
+    return Canary(name, store, environment(device), verify, encoder, batch_size, narrowest)

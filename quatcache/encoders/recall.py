@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quatcache.encoders import Encoder, Identity, SentenceTransformerEncoder, TransformersEncoder, identify
 from quatcache.encoders.deferred import is_loaded
-from quatcache.encoders.identity import fingerprint
+from quatcache.encoders.encoder import Encoder
+from quatcache.encoders.identity import Identity, fingerprint, identify
+from quatcache.encoders.sentence_transformer import SentenceTransformerEncoder
+from quatcache.encoders.transformer import TransformersEncoder
 from quatcache.errors import StaleRowsError
 from quatcache.store import KnownModels
 

@@ -10,10 +10,10 @@ import torch
 
 from quatcache import CacheConfig
 from quatcache.encoders import SentenceTransformerEncoder, TransformersEncoder
+from quatcache.encoders.calls import PROVING, TOKENS_PER_CALL, CallPlan
 from quatcache.encoders.identity import identify
 from quatcache.errors import BatchLengthError, CollateError
 from quatcache.keys import content_keys
-from quatcache.training.calls import PROVING, TOKENS_PER_CALL, CallPlan
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 
 CPU = torch.device("cpu")

@@ -10,15 +10,17 @@ Items without canonical bytes have no content key; their rows go by the extracte
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from quatcache.encoders.key_scheme import KeyScheme
 from quatcache.errors import shorten
 from quatcache.keys import KeyArray, KeyIndex, distinct
 from quatcache.store import DatasetTable, Positions, RowStore, TensorStore
-from quatcache.training.keying import Chunk, KeyScheme
 
 __all__ = ["ExpectedRows", "ExtractedKeys"]
 
@@ -70,19 +72,26 @@ class ExtractedKeys:
         rows = table.keys[self._scheme.row_column].reshape(-1, 2)
         self._rows.put_many(keys[firsts], torch.from_numpy(rows[firsts]))
 
-    def resolve(self, chunk: Chunk, store: RowStore | ExpectedRows) -> Chunk:
-        """Add the row keys of the items of a chunk, under :attr:`KeyScheme.row_column`.
+    def resolve(
+        self,
+        items: Sequence[Any],
+        keys: KeyArray,
+        content: KeyArray | None,
+        store: RowStore | ExpectedRows,
+    ) -> KeyArray:
+        """Give the keys that the rows of items are stored under.
 
         Args:
-            chunk: As it was read.
+            items: N items.
+            keys: Their extracted keys ``(N, 2)``.
+            content: Their content keys ``(N, 2)``; None: they have none.
             store: Where rows are: one that was lost is made anew from an item that is here.
+
+        Returns:
+            ``(N, 2)``.
         """
-        shape = chunk.keys[self._scheme.name].shape
-        keys = chunk.keys[self._scheme.name].reshape(-1, 2)
-        content = chunk.keys.get(self._scheme.content_column)
         if content is None:
-            return chunk._replace(keys={**chunk.keys, self._scheme.row_column: keys.reshape(shape)})
-        content = content.reshape(-1, 2)
+            return keys
         firsts, which = distinct(keys)
         own = content[firsts]
         rows = own.copy()
@@ -92,21 +101,22 @@ class ExtractedKeys:
         lost = (store.rows_of(rows) < 0) & (rows != own).any(axis=1)
         rows[lost] = own[lost]
         self._rows.put_many(keys[firsts], torch.from_numpy(rows))
-        self._count(chunk, which, (content != rows[which]).any(axis=1))
-        return chunk._replace(keys={**chunk.keys, self._scheme.row_column: rows[which].reshape(shape)})
+        self._count(items, which, (content != rows[which]).any(axis=1))
+        shared: KeyArray = rows[which]
+        return shared
 
-    def _count(self, chunk: Chunk, which: Positions, differs: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
+    def _count(self, items: Sequence[Any], which: Positions, differs: npt.NDArray[np.bool_]) -> None:
         self._conflicts += int(differs.sum())
         if self._example is None and differs.any():
             position = int(np.flatnonzero(differs)[0])
             alike = np.flatnonzero((which == which[position]) & ~differs)
-            other = shorten(chunk.items[int(alike[0])]) if len(alike) else "an item of an earlier chunk"
-            self._example = (other, shorten(chunk.items[position]))
+            other = shorten(items[int(alike[0])]) if len(alike) else "an item of an earlier chunk"
+            self._example = (other, shorten(items[position]))
 
-    def warn(self) -> None:
-        """Tell the user once how many items were affected, and show two of them."""
+    def warn(self) -> bool:
+        """Tell the user how many items were affected since the last time, and show two; give whether there were any."""
         if self._example is None:
-            return
+            return False
         first, other = self._example
         logger.warning(
             "Encoder %r: %s items have the extracted key of another item but other content, and share its row: %s and "
@@ -117,3 +127,4 @@ class ExtractedKeys:
             other,
         )
         self._conflicts, self._example = 0, None
+        return True

@@ -30,15 +30,16 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def fill_progress(total: int, shown: bool) -> Iterator[FillProgress]:
+def fill_progress(total: int, shown: bool, what: str = "Filling") -> Iterator[FillProgress]:
     """Show a bar with rate, time left, hits and duplicates while a fill runs.
 
     Args:
         total: Samples to read.
         shown: False where there is nobody to look, as on the other ranks of a distributed run.
+        what: Is being done.
     """
     progress = Progress(
-        TextColumn("Filling", table_column=Column(no_wrap=True)),
+        TextColumn(what, table_column=Column(no_wrap=True)),
         BarColumn(None, table_column=Column(ratio=1, min_width=4)),  # as much as the others leave: all on one line
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         _Rate(table_column=Column(no_wrap=True)),

@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
+from quatcache import progress
+from quatcache.progress import fill_progress
 from quatcache.read_through import Counts
-from quatcache.training import progress
-from quatcache.training.progress import fill_progress
 
 
 @pytest.mark.parametrize("total", [600, 200_000, 12_000_000])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from quatcache import CacheConfig, CacheType
+from quatcache.encoders.canary import relative_differences
 from quatcache.errors import ConfigError, StaleRowsError
 from quatcache.store import CacheDirectory
 from quatcache.store import directory as directory_module
 from quatcache.store.manifest import Manifest
-from quatcache.training.canary import relative_differences
 from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts
 from tests.stores_for_tests import sealed
 
@@ -53,7 +53,7 @@ def elsewhere(monkeypatch, **changes):
     """Be on another machine from now on."""
     real = directory_module.environment
     now = {**real(), **changes}
-    monkeypatch.setattr("quatcache.training.opening.environment", lambda device: now)
+    monkeypatch.setattr("quatcache.encoders.opening.environment", lambda device: now)
     monkeypatch.setattr(directory_module, "environment", lambda device="cpu": now)
     return now
 
@@ -87,7 +87,7 @@ def test_rows_that_differ_stop_the_run_before_one_is_used(tmp_path, monkeypatch,
     model = Model({"default": Drifting()}, cache=CacheConfig(tier, save_dir=tmp_path))
     told = (
         r"8 of 8 rows of encoder 'default' in .* differ from what it gives now, by up to .* \(allowed: 0.001\), after "
-        r"torch .* -> 99.0; delete that directory to encode afresh, or .* CacheConfig\(verify=0\)"
+        r"torch .* -> 99.0; delete that directory to encode afresh, or .* verify=0"
     )
     with pytest.raises(StaleRowsError, match=told):
         fit(model, loader(Texts(texts(40))))
