@@ -56,8 +56,7 @@ def bench_hits(settings: Settings, console: Console) -> Found:
         table.add_row(name, f"{each[name]:.3f}", f"{turns.median(name):.3f}", "" if times is None else str(times))
     console.print(table)
     console.print(
-        "stocaching is left out: it caches items of a dataset by index, which comes with the part of quatcache that "
-        "does the same; it asks for numpy < 2 besides"
+        "stocaching is left out: it caches items of a dataset by index, as the part slots shows"
     )
     figures = {
         "us_per_item": each,

@@ -12,11 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quatcache.data import SimilarityGroupSample, SimilarityPairSample
+    from quatcache.data import CachedDataset, SimilarityGroupSample, SimilarityPairSample
     from quatcache.encoders import Encoder
     from quatcache.errors import QuatcacheError
     from quatcache.sequences import PaddedSequences
     from quatcache.servable import ServableModel
+    from quatcache.store import SharedCache
     from quatcache.training import CacheCallback, CacheConfig, CacheReport, CacheType, TrainableModel
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "CacheType",
+    "CachedDataset",
     "Encoder",
     "PaddedSequences",
     "QuatcacheError",
     "ServableModel",
+    "SharedCache",
     "SimilarityGroupSample",
     "SimilarityPairSample",
     "TrainableModel",
@@ -41,10 +44,12 @@ _HOMES = {
     "CacheConfig": "quatcache.training",
     "CacheReport": "quatcache.training",
     "CacheType": "quatcache.training",
+    "CachedDataset": "quatcache.data",
     "Encoder": "quatcache.encoders",
     "PaddedSequences": "quatcache.sequences",
     "QuatcacheError": "quatcache.errors",
     "ServableModel": "quatcache.servable",
+    "SharedCache": "quatcache.store",
     "SimilarityGroupSample": "quatcache.data",
     "SimilarityPairSample": "quatcache.data",
     "TrainableModel": "quatcache.training",

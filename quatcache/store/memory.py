@@ -9,7 +9,7 @@ import numpy as np
 
 from quatcache.store.protocol import Found, Positions
 
-__all__ = ["MemoryStore"]
+__all__ = ["MemoryStore", "assembled"]
 
 _ABSENT = object()
 
@@ -60,8 +60,13 @@ class MemoryStore:
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put values in the order of their positions."""
-        answer: list[Any] = [None] * size
-        for positions, values in parts:
-            for position, value in zip(positions.tolist(), values, strict=True):
-                answer[position] = value
-        return answer
+        return assembled(size, parts)
+
+
+def assembled(size: int, parts: Sequence[Found]) -> list[Any]:
+    """Put values of parts in the order of their positions, which together are ``range(size)``."""
+    answer: list[Any] = [None] * size
+    for positions, values in parts:
+        for position, value in zip(positions.tolist(), values, strict=True):
+            answer[position] = value
+    return answer
