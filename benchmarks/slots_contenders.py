@@ -195,7 +195,7 @@ def single(contender: str, count: int, batch: int, passes: int) -> dict[str, Any
         passes: How often everything is done; the fastest counts.
 
     Returns:
-        Microseconds of a write and of a read; of a batch of slots stacked, and of one read in one go, where that exists.
+        Microseconds of a write and of a read; of a batch of slots stacked, and of one read at once, where that exists.
     """
     make = stocached if contender == "stocaching" else ours
     generator = torch.Generator().manual_seed(0)

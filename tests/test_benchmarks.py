@@ -20,7 +20,20 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import lookups, measures, process, rows, scale, settings, slots, slots_contenders, store, texts, training, turns
+from benchmarks import (
+    lookups,
+    measures,
+    process,
+    rows,
+    scale,
+    settings,
+    slots,
+    slots_contenders,
+    store,
+    texts,
+    training,
+    turns,
+)
 from benchmarks.anonymous import Peak, anonymous_bytes
 from benchmarks.epochs import CONTENDERS, losses_of, seconds_of
 from benchmarks.fill_contenders import CONTENDERS as ENCODING

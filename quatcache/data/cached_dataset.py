@@ -67,9 +67,7 @@ class CachedDataset(Dataset[Any]):
     ) -> None:
         """Look at one sample, and take memory for the parts beside the item."""
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise SampleError(
-                f"{type(dataset).__name__} has no indices or no length; give a map-style dataset."
-            )
+            raise SampleError(f"{type(dataset).__name__} has no indices or no length; give a map-style dataset.")
         if len(dataset) != cache.spec.samples:
             raise ConfigError(
                 f"the dataset has {len(dataset)} samples, the cache is for {cache.spec.samples}; make it with "
@@ -98,8 +96,8 @@ class CachedDataset(Dataset[Any]):
         return self._read([operator.index(index) for index in indices], together=self.transform is None)
 
     def _read(self, indices: list[int], *, together: bool = False) -> list[Any]:
-        def compute(positions: Positions) -> Sequence[Any]:
-            return given_samples(self.dataset, [indices[position] for position in positions.tolist()])
+        def compute(positions: Positions) -> list[Any]:
+            return list(given_samples(self.dataset, [indices[position] for position in positions.tolist()]))
 
         samples = read_through(indices, compute, replace(self._store, together=together))
         return self._store.parts.with_item(samples, self.transform) if self.transform and samples else samples
@@ -194,9 +192,7 @@ class _SampleStore:
     def get_many(self, keys: Sequence[int]) -> Found:
         """Give the samples that are cached whole."""
         item = self.parts.item
-        positions, values = self.caches[item].get_slots(
-            keys, shared=self.together and get_worker_info() is not None
-        )
+        positions, values = self.caches[item].get_slots(keys, shared=self.together and get_worker_info() is not None)
         wanted = np.asarray(keys, np.int64)[positions]
         found = [self.caches[i].get_slots(wanted) if i != item else None for i in range(len(self.caches))]
         whole = np.ones(len(positions), bool)
@@ -219,10 +215,10 @@ class _SampleStore:
         for place in self.order:
             self.caches[place].set_slots(keys, tensors[place])
 
-    def items(self, keys: Sequence[int], samples: Sequence[Any]) -> Sequence[torch.Tensor]:
+    def items(self, keys: Sequence[int], samples: Sequence[Any]) -> list[torch.Tensor]:
         """Give the items of samples as slots hold them."""
         items = [self.parts.apart(sample)[self.parts.item] for sample in samples]
-        return _stacked(self.caches[self.parts.item], keys, items) if items else ()
+        return list(_stacked(self.caches[self.parts.item], keys, items)) if items else []
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put samples in the order of their positions."""

@@ -21,7 +21,7 @@ __all__ = ["CachedRow", "collate_rows", "rows_of"]
 class CachedRow(torch.Tensor):
     """A row of a batch: a tensor like any other, and what is computed of it is a plain one."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as Parameter has it
 
 
 def rows_of(batch: torch.Tensor) -> list[torch.Tensor]:

@@ -46,19 +46,16 @@ class Segment(mmap.mmap):
     Attributes:
         path: Its file.
         descriptor: The open file.
-        tally: Where this process counts hits and misses, once it does.
     """
 
     path: Path
     descriptor: int
-    tally: memoryview | None
     _threads: threading.Lock
     _order: threading.Lock
 
     def renew(self) -> None:
         """Begin in this process: another thread may have held the locks when it was forked."""
         self._threads, self._order = threading.Lock(), threading.Lock()
-        self.tally = None
 
     @contextmanager
     def locked(self, start: int, count: int = 1) -> Iterator[None]:

@@ -36,7 +36,6 @@ __all__ = ["SharedCache", "SlotStats", "get_shm_size"]
 logger = logging.getLogger(__name__)
 
 
-
 class SharedCache:
     """A slot for each sample of a dataset, in memory that all processes of a host share.
 
@@ -186,7 +185,7 @@ class SharedCache:
             SlotStateError: The slot is empty where it had to be set.
         """
         state = self._state(idx)
-        tally = self._segment.tally or self._slots.claim_tally()
+        tally = self._slots.tally or self._slots.claim_tally()
         if state == SET:
             tally[0] += 1
             return self._array[idx if self._row_of is None else self._row_of[idx]]
@@ -197,9 +196,7 @@ class SharedCache:
             raise SlotStateError(f"slot {idx} is empty; set it first, or read it by get_slot, which gives None.")
         return None
 
-    def set_slot(
-        self, idx: int, value: Any, allow_oob_idx: bool = True, allow_overwrite: bool | None = None
-    ) -> None:
+    def set_slot(self, idx: int, value: Any, allow_oob_idx: bool = True, allow_overwrite: bool | None = None) -> None:
         """Write the slot of a sample; nothing happens if it has none.
 
         Args:
@@ -340,6 +337,7 @@ class SharedCache:
         return SlotIndexError(
             f"sample {idx} has no slot: {len(self)} of {self._samples} have one; give more size_limit_gib, or allow it."
         )
+
 
 def _outside(idx: Any, samples: int) -> SlotIndexError:
     return SlotIndexError(f"index {idx} is outside the dataset of {samples} samples; give one from 0 to {samples - 1}.")

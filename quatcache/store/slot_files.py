@@ -19,7 +19,6 @@ from xxhash import xxh3_128
 from quatcache.errors import DamagedFileError, FormatError
 from quatcache.store.files import make_directory, open_tensors, replace_file
 from quatcache.store.safetensors_writer import (
-
     PIECE_BYTES,
     EarlyFlush,
     header_of,
@@ -33,6 +32,7 @@ __all__ = ["load_slots", "save_slots", "stored_slots"]
 _VERSION = "1"
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 """What rows are called in a file whose readers may not know their dtype; the metadata have it."""
+
 
 def save_slots(path: Path, slots: Slots) -> int:
     """Write the slots that are set, atomically; who wants to write slots meanwhile waits.
@@ -48,6 +48,7 @@ def save_slots(path: Path, slots: Slots) -> int:
         indices = np.flatnonzero(slots.states == SET)
         replace_file(path, lambda file: _write(file, slots, indices))
     return len(indices)
+
 
 def _write(file: UnfinishedFile, slots: Slots, indices: Indices) -> None:
     about = _about(slots.spec)
@@ -65,14 +66,17 @@ def _write(file: UnfinishedFile, slots: Slots, indices: Indices) -> None:
             early.wrote(file.write(piece))
         file.write(digest.digest())
 
+
 def _pieces(slots: Slots, indices: Indices) -> Iterator[memoryview]:
     yield tensor_bytes(torch.from_numpy(indices))
     for part in _parts(indices, slots.spec):
         yield slots.row_bytes(part).reshape(-1).data
 
+
 def _parts(indices: Indices, spec: SlotSpec) -> Iterator[Indices]:
     step = max(1, PIECE_BYTES // spec.item_bytes)
     return (indices[start : start + step] for start in range(0, len(indices), step))
+
 
 def stored_slots(path: Path, spec: SlotSpec) -> tuple[torch.Tensor, torch.Tensor, bytes]:
     """Map a file of slots into memory.
@@ -110,6 +114,7 @@ def stored_slots(path: Path, spec: SlotSpec) -> tuple[torch.Tensor, torch.Tensor
         raise DamagedFileError(f"{path} is damaged: its tensors are not those of its metadata; delete it.")
     return indices, values.view(spec.dtype) if values.dtype != spec.dtype else values, bytes(tensor_bytes(digest))
 
+
 def load_slots(path: Path, slots: Slots) -> int:
     """Fill empty slots from a file; those that are set stay, and samples that have no slot here are left out.
 
@@ -121,6 +126,7 @@ def load_slots(path: Path, slots: Slots) -> int:
         StoreError: It cannot be read.
     """
     return slots.write_all(_checked_parts(path, slots.spec))
+
 
 def _checked_parts(path: Path, spec: SlotSpec) -> Iterator[tuple[Indices, npt.NDArray[np.uint8]]]:
     """Give the rows of a file, and fail at the end if they were not those that were written."""
@@ -136,6 +142,7 @@ def _checked_parts(path: Path, spec: SlotSpec) -> Iterator[tuple[Indices, npt.ND
     if digest.digest() != expected:
         raise DamagedFileError(f"{path} is damaged: its content is not what was written; delete it.")
 
+
 def _about(spec: SlotSpec) -> dict[str, str]:
     return {
         "quatcache": "slots",
@@ -145,9 +152,10 @@ def _about(spec: SlotSpec) -> dict[str, str]:
         "dtype": str(spec.dtype).removeprefix("torch."),
     }
 
+
 def _digested(about: dict[str, str]) -> bytes:
     return json.dumps(about, sort_keys=True).encode()
 
+
 def _described(about: dict[str, str]) -> str:
     return f"items of {about.get('shape')} {about.get('dtype')} for {about.get('samples')} samples"
-

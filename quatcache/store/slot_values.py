@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ def slot_dtype(dtype: Any) -> torch.dtype:
 
 
 def planned_slots(
-    size_limit_gib: float, dataset_len: int, data_dims: Sequence[int], dtype: torch.dtype | str, seed: int | None
+    size_limit_gib: float, dataset_len: Any, data_dims: Any, dtype: torch.dtype | str, seed: Any
 ) -> SlotSpec:
     """Find how many slots a budget has room for; arguments are those of ``SharedCache``.
 
@@ -49,14 +48,14 @@ def planned_slots(
         ConfigError: Not for one, or an argument is none.
     """
     kind = slot_dtype(dtype)
-    if not isinstance(dataset_len, Integral) or dataset_len < 1:
+    if not _is_integer(dataset_len, 1):
         raise ConfigError(f"dataset_len is {dataset_len!r}; give the number of samples, at least 1.")
     dims = tuple(data_dims) if isinstance(data_dims, Sequence) else (0,)
-    if not all(isinstance(size, Integral) and size > 0 for size in dims):
+    if not all(_is_integer(size, 1) for size in dims):
         raise ConfigError(f"data_dims is {data_dims!r}; give the shape of one item, such as (3, 224, 224).")
     if not 0 < size_limit_gib < math.inf:
         raise ConfigError(f"size_limit_gib is {size_limit_gib!r}; give a number of GiB above 0.")
-    if seed is not None and (not isinstance(seed, Integral) or seed < 0):
+    if seed is not None and not _is_integer(seed, 0):
         raise ConfigError(f"seed is {seed!r}; give an integer from 0 on, or None for the first samples.")
     dims, samples = tuple(map(int, dims)), int(dataset_len)
     item = math.prod(dims) * kind.itemsize
@@ -69,6 +68,10 @@ def planned_slots(
     return SlotSpec(samples, slots, dims, kind, int(seed) if seed is not None and slots < samples else None)
 
 
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and int(value) >= least
+
+
 def as_tensor(value: Any) -> torch.Tensor:
     """Give a tensor on the CPU for a tensor, an array or a number; memory is shared where that is possible.
 
@@ -76,8 +79,7 @@ def as_tensor(value: Any) -> torch.Tensor:
         SlotValueError: It is something else.
     """
     if isinstance(value, torch.Tensor):
-        value = value.detach() if value.requires_grad else value
-        return value if value.device.type == "cpu" else value.cpu()
+        return value.detach().cpu() if value.requires_grad else value.cpu()
     if isinstance(value, np.ndarray) and (not value.flags.writeable or any(step < 0 for step in value.strides)):
         value = value.copy()  # torch warns of memory that it may not write, and knows no negative strides
     if isinstance(value, float) and not isinstance(value, np.generic):

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -135,6 +137,19 @@ def _aligned(place: int, size: int) -> int:
     return -(-place // size) * size
 
 
+_LIVE: WeakSet[Slots] = WeakSet()
+
+
+def _forked() -> None:
+    """A new process counts for itself."""
+    for slots in list(_LIVE):
+        slots.tally = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Slots:
     """The slots of a segment.
 
@@ -145,6 +160,7 @@ class Slots:
         states: For each sample ``EMPTY``, ``SET`` or ``NO_SLOT``, uint8.
         state_of: The same; a single one is read faster.
         row_of: For each sample the row of ``array``, if it is not its index.
+        tally: The hits and misses that this process counts, once it does.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -154,14 +170,16 @@ class Slots:
         self.spec = spec = SlotSpec.from_json(segment[len(MAGIC) + 4 : len(MAGIC) + 4 + length])
         layout = _Layout.of(spec)
         self.states = np.frombuffer(segment, np.uint8, spec.samples, layout.states)
-        self.state_of = memoryview(self.states)
+        self.state_of = memoryview(self.states)  # type: ignore[arg-type]
         self._versions = np.frombuffer(segment, np.uint32, spec.samples, layout.versions)
         self._rows = np.frombuffer(segment, np.int64, spec.samples, layout.rows) if spec.spread else None
-        self.row_of = None if self._rows is None else memoryview(self._rows)
+        self.row_of = None if self._rows is None else memoryview(self._rows)  # type: ignore[arg-type]
         raw = np.frombuffer(segment, np.uint8, spec.slots * spec.item_bytes, layout.data)
         self._raw = raw.reshape(spec.slots, spec.item_bytes)
         # rows are copied as long words: not every dtype has kernels of its own, and those of bytes are slow
         self._words = torch.from_numpy(self._raw).view(torch.uint8 if spec.item_bytes % 8 else torch.int64)
+        self.tally: memoryview | None = None
+        _LIVE.add(self)
         self.array = self._words.view(-1).view(spec.dtype).view(spec.slots, *spec.dims)
 
     @staticmethod
@@ -210,7 +228,7 @@ class Slots:
         same = self._versions[found] == before[positions]
         if not same.all():  # they were cleared, or written over, while they were copied
             positions, values = positions[same], values[torch.from_numpy(same)]
-        tally = self.segment.tally or self.claim_tally()
+        tally = self.tally or self.claim_tally()
         tally[0] += len(positions)
         tally[1] += len(indices) - len(positions)
         return Found(positions, values)
@@ -218,8 +236,10 @@ class Slots:
     def _gathered(self, rows: Indices, shared: bool) -> torch.Tensor:
         out = None
         if shared and len(rows):
-            storage = torch.UntypedStorage._new_shared(len(rows) * self.spec.item_bytes)
-            out = torch.empty(0, dtype=self._words.dtype).set_(storage, 0, (len(rows), self._words.shape[1]))
+            # as default_collate does it; share_memory_() would copy
+            storage = torch.UntypedStorage._new_shared(len(rows) * self.spec.item_bytes)  # type: ignore[no-untyped-call]
+            shape = (len(rows), self._words.shape[1])
+            out = torch.empty(0, dtype=self._words.dtype).set_(storage, 0, shape, (shape[1], 1))
         words = torch.index_select(self._words, 0, torch.from_numpy(rows), out=out)
         return words.view(-1).view(self.spec.dtype).view(len(rows), *self.spec.dims)
 
@@ -317,16 +337,14 @@ class Slots:
                 break
         else:
             tallies, place = memoryview(bytearray(_TALLY_BYTES)).cast("Q"), 0  # nobody will hear of it
-        self.segment.tally = tally = tallies[2 * place : 2 * place + 2]
+        self.tally = tally = tallies[2 * place : 2 * place + 2]
         return tally
 
     def stats(self) -> SlotStats:
         """Count slots, and the hits and misses of all processes."""
         tallies, spec = self._tallies(), self.spec
         present = int((self.states == SET).sum())
-        return SlotStats(
-            spec.samples, spec.slots, present, sum(tallies[::2]), sum(tallies[1::2]), len(self.segment)
-        )
+        return SlotStats(spec.samples, spec.slots, present, sum(tallies[::2]), sum(tallies[1::2]), len(self.segment))
 
     def _tallies(self) -> memoryview[int]:
         return memoryview(self.segment)[_PAGE : _PAGE + _TALLIES * _TALLY_BYTES].cast("Q")

@@ -116,7 +116,11 @@ def test_workers_share_what_they_read(method, persistent):
         cached, 4, shuffle=True, num_workers=2, persistent_workers=persistent, multiprocessing_context=method
     )
     for _ in range(3):
-        seen = {int(pixels[0, 0, 0]): int(label) for batch, labels in loader for pixels, label in zip(batch, labels)}
+        seen = {
+            int(pixels[0, 0, 0]): int(label)
+            for batch, labels in loader
+            for pixels, label in zip(batch, labels, strict=True)
+        }
         assert seen == {index: index % 7 for index in range(COUNT)}
     assert dataset.reads.tolist() == [1] * COUNT
     stats = cached.cache.stats()
@@ -139,18 +143,18 @@ def test_samples_without_a_slot_are_read_each_time(seed):
 
 
 def test_dataset_that_reads_batches_is_asked_for_the_misses_of_a_batch_at_once():
-    class Batched(Counted):
-        asked = []
+    asked = []
 
+    class Batched(Counted):
         def __getitems__(self, indices):
-            self.asked.append(list(indices))
+            asked.append(list(indices))
             return [self[index] for index in indices]
 
     dataset = Batched()
     cached = wrapped(dataset)
     cached[2]
     cached.__getitems__([1, 2, 3, 1])
-    assert dataset.asked == [[2], [1, 3]]
+    assert asked == [[2], [1, 3]]
 
 
 def test_zeros_are_cached():
@@ -187,7 +191,7 @@ def test_rows_in_another_order_or_of_other_batches_are_collated_as_ever():
 def test_rows_are_tensors_like_others():
     row = cached_rows.rows_of(torch.arange(6.0).reshape(2, 3))[1]
     assert isinstance(row, torch.Tensor)
-    for made in (row + 1, row.float(), row[0], torch.stack([row, row]), row.clone()):
+    for made in (row + 1, row.double(), row[0], torch.stack([row, row]), row.clone()):
         assert type(made) is torch.Tensor
     assert row.tolist() == [3, 4, 5]
 
@@ -283,7 +287,7 @@ def test_dataset_that_was_changed_is_noticed_at_a_warm_start(tmp_path):
     dataset = Counted("tuple")
     second = wrapped(dataset)
     second.dataset = Subset(dataset, list(range(COUNT))[::-1])
-    with pytest.raises(StaleRowsError, match="item 0 in .* is not what the dataset gives"):
+    with pytest.raises(StaleRowsError, match=r"item 0 in .* is not what the dataset gives"):
         second.load(tmp_path)
     assert second.cache.stats().present == 0
 
@@ -339,7 +343,9 @@ def test_index_outside_the_dataset_is_refused(index):
 
 
 def test_cache_of_another_dataset_is_refused():
-    with pytest.raises(ConfigError, match="the dataset has 40 samples, the cache is for 41; make it with dataset_len=40"):
+    with pytest.raises(
+        ConfigError, match="the dataset has 40 samples, the cache is for 41; make it with dataset_len=40"
+    ):
         CachedDataset(Counted(), SharedCache(1, 41, SHAPE))
 
 

@@ -74,7 +74,7 @@ def test_pickle_of_a_cache_is_small_and_says_when_the_memory_is_gone(name):
     pickled = pickle.dumps(cache)
     assert len(pickled) < 500
     del cache
-    with pytest.raises(StoreError, match="not there any more.*keep the SharedCache"):
+    with pytest.raises(StoreError, match=r"not there any more.*keep the SharedCache"):
         pickle.loads(pickled)
 
 
@@ -118,7 +118,7 @@ def test_leftover_of_a_killed_owner_is_removed_when_the_next_cache_is_made(name,
     with caplog.at_level("INFO", logger="quatcache"):
         SharedCache(1, 10, (4,))
     assert not path.exists()
-    assert f"removed" in caplog.text and name in caplog.text
+    assert "removed" in caplog.text and name in caplog.text
 
 
 def test_leftover_of_a_killed_owner_is_not_taken_for_the_cache_of_that_name(name):
@@ -199,7 +199,9 @@ def test_processes_print_nothing_and_leave_nothing(tmp_path):
 
 def test_too_little_memory_is_told_before_any_is_taken(monkeypatch, name):
     monkeypatch.setattr(segment_files, "free_bytes", lambda: 1_000_000)
-    with pytest.raises(StoreError, match=r"4\.\d MB of shared memory do not fit into .*1\.0 MB.* free.*size_limit_gib.*--shm-size"):
+    with pytest.raises(
+        StoreError, match=r"4\.\d MB of shared memory do not fit into .*1\.0 MB.* free.*size_limit_gib.*--shm-size"
+    ):
         SharedCache(1, 1000, (1000,), torch.float32, name=name)
     assert not segment_path(name).exists()
     SharedCache(1, 100, (1000,), torch.float32, name=name)  # the name is free

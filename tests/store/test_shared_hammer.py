@@ -34,7 +34,9 @@ def launch(cache, seed, once):
 
 def check_whole(cache):
     found = cache.get_slots(range(SLOTS))
-    torn = [p for p, item in zip(found.positions.tolist(), found.values, strict=True) if not slot_workers.is_whole(p, item)]
+    torn = [
+        p for p, item in zip(found.positions.tolist(), found.values, strict=True) if not slot_workers.is_whole(p, item)
+    ]
     assert not torn, f"items {torn} are not whole"
 
 
