@@ -26,6 +26,7 @@ import torch
 from quatcache.store.protocol import Found
 from quatcache.store.safetensors_writer import tensor_bytes
 from quatcache.store.segment import MAGIC, Segment
+from quatcache.store.slot_copies import copied_rows
 
 __all__ = ["EMPTY", "NO_SLOT", "SET", "SLOT_DTYPES", "Indices", "SlotSpec", "SlotStats", "Slots"]
 
@@ -223,7 +224,8 @@ class Slots:
         self.segment.order()
         positions = np.flatnonzero(self.states[indices] == SET)
         found = indices[positions]
-        values = self._gathered(self.rows_of(found), shared)
+        words = copied_rows(self._words, self.rows_of(found), shared=shared)
+        values = words.view(-1).view(self.spec.dtype).view(len(found), *self.spec.dims)
         self.segment.order()
         same = self._versions[found] == before[positions]
         if not same.all():  # they were cleared, or written over, while they were copied
@@ -232,16 +234,6 @@ class Slots:
         tally[0] += len(positions)
         tally[1] += len(indices) - len(positions)
         return Found(positions, values)
-
-    def _gathered(self, rows: Indices, shared: bool) -> torch.Tensor:
-        out = None
-        if shared and len(rows):
-            # as default_collate does it; share_memory_() would copy
-            storage = torch.UntypedStorage._new_shared(len(rows) * self.spec.item_bytes)  # type: ignore[no-untyped-call]
-            shape = (len(rows), self._words.shape[1])
-            out = torch.empty(0, dtype=self._words.dtype).set_(storage, 0, shape, (shape[1], 1))
-        words = torch.index_select(self._words, 0, torch.from_numpy(rows), out=out)
-        return words.view(-1).view(self.spec.dtype).view(len(rows), *self.spec.dims)
 
     # writing
 

@@ -25,6 +25,7 @@ from quatcache.errors import (
     SlotValueError,
     StoreError,
 )
+from quatcache.store import slot_copies
 from quatcache.store import slots as slots_module
 from quatcache.store.segment import Segment
 from quatcache.store.shared import get_shm_size
@@ -304,17 +305,17 @@ def test_batch_is_found_only_once_its_data_are_there(monkeypatch):
 def test_copy_of_what_is_changed_meanwhile_is_not_found(monkeypatch, change):
     cache = cache_of()
     cache.set_slots([1, 2], torch.stack([item(1), item(2)]))
-    real = Slots._gathered
+    real = slots_module.copied_rows
 
-    def gathered(self, rows, shared):
-        half = real(self, rows, shared)
+    def copied(words, rows, *, shared):
+        half = real(words, rows, shared=shared)
         if change != "overwrite":
             cache.clear()
         if change != "clear":
             cache.set_slot(1, item(9), allow_overwrite=True)
         return half
 
-    monkeypatch.setattr(Slots, "_gathered", gathered)
+    monkeypatch.setattr(slots_module, "copied_rows", copied)
     found = cache.get_slots([2, 1])
     kept = {"overwrite": [0], "clear": [], "clear and write": []}[change]
     assert found.positions.tolist() == kept
@@ -401,6 +402,21 @@ def test_batch_can_be_read_into_shared_memory():
     assert cache.get_slots([1], shared=True).values.is_shared()
     assert not cache.get_slots([1]).values.is_shared()
     assert len(cache.get_slots([2], shared=True).values) == 0
+
+
+@pytest.mark.parametrize("dims", [(3,), (3000,), (30, 50)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.bfloat16])
+def test_batch_in_shared_memory_is_the_same_however_it_is_copied(dims, dtype, monkeypatch):
+    monkeypatch.setattr(slot_copies, "_AT_ONCE", 3)  # several calls
+    cache = cache_of(samples=20, dims=dims, dtype=dtype)
+    values = torch.randint(0, 2, (20, *dims), generator=torch.Generator().manual_seed(0)).to(dtype)
+    cache.set_slots(range(20), values)
+    order = [7, 3, 19, 0, 3, 12, 5]
+    for short in (False, True):
+        if short:
+            monkeypatch.setattr(os, "pwritev", lambda *_: 1)
+        found = cache.get_slots(order, shared=True).values
+        assert found.is_shared() and torch.equal(found, values[order])
 
 
 def test_batch_without_a_slot_is_refused_where_that_is_asked():

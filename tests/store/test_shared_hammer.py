@@ -92,7 +92,6 @@ def test_hammer_notices_an_item_that_is_torn():
     torn = slot_workers.payload(0, 1)
     torn[: slot_workers.WORDS // 2] = slot_workers.payload(0, 2)[: slot_workers.WORDS // 2]
     cache.set_slots(range(SLOTS), torch.stack([torn] * SLOTS))
-    worker = context().Process(target=slot_workers.hammer, args=(cache, 1, True, context().Event()), daemon=True)
-    worker.start()
+    worker = launch(cache, 1, once=True)
     worker.join(60)
     assert worker.exitcode == 3
