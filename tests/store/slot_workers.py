@@ -126,3 +126,9 @@ def make_and_end(name):
     """Make a cache in a child of multiprocessing, which ends without running atexit."""
     cache = SharedCache(1, 10, (4,), name=name)
     assert cache.stats().slots == 10
+
+
+def claim_in_vain(segment, place):
+    """Ask for a byte that another process has."""
+    assert not segment.claim(place)
+    assert segment.claim(place + 1)

@@ -291,21 +291,28 @@ def test_file_that_is_no_whole_segment_is_made_anew(name):
 
 def test_locks_exclude_threads_of_one_process(name):
     segment, _ = open_segment(name, 4096, lambda segment: None)
-    inside, counts = [], []
+    entered = threading.Event()
 
-    def work():
-        for _ in range(200):
-            with segment.locked(3):
-                inside.append(1)
-                counts.append(len(inside))
-                inside.pop()
+    def enter():
+        with segment.locked(3):
+            entered.set()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
+    thread = threading.Thread(target=enter)
+    with segment.locked(3):
         thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(counts) == {1}
+        assert not entered.wait(0.2)
+    assert entered.wait(SECONDS)
+    thread.join()
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+def test_locks_outlast_the_making_of_other_caches(name):
+    """Whoever closes any descriptor of a file gives up all locks that the process has on it."""
+    segment, _ = open_segment(name, 4096, lambda segment: None)
+    assert segment.claim(5)
+    other = SharedCache(1, 10, (4,))
+    pickle.loads(pickle.dumps(other))
+    assert ended(start("fork", slot_workers.claim_in_vain, segment, 5)) == 0
 
 
 @pytest.mark.skipif("fork" not in METHODS, reason="needs fork")

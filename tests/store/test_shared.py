@@ -503,6 +503,16 @@ def test_hits_and_misses_of_all_processes_are_counted(method):
     assert stats.bytes > cache.array.nbytes
 
 
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+def test_forked_process_counts_apart_from_its_parent():
+    """Two that add to one number lose some."""
+    cache = cache_of()
+    cache.set_slot(0, item(1))
+    cache.get_slot(0)
+    assert ended(start("fork", slot_workers.use, cache, 5)) == 0
+    assert [hits for hits in cache._slots._tallies()[::2] if hits] == [1, 5]
+
+
 def test_counting_ends_quietly_where_too_many_processes_count(monkeypatch):
     cache = cache_of()
     monkeypatch.setattr(Segment, "claim", lambda self, place: False)
