@@ -100,14 +100,15 @@ $(VENV)/.demo $(VENV)/.tutorials $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproj
 	$(PIP) install -c constraints.txt -e '.[$*]'
 	@touch $@
 
-# Only the weights of wordllama are wanted: its dependencies would hold others back. lightning is the other name of
+# Only the weights of wordllama are wanted, and the one file of stocaching: their dependencies would hold others back, and
+# the range of Python too, without need. lightning is the other name of
 # pytorch-lightning, whose dependencies are here already.
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[bench]'
-	$(PIP) install -c constraints.txt --no-deps wordllama
+	$(PIP) install -c constraints.txt --no-deps --ignore-requires-python wordllama stocaching
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[test]'
-	$(PIP) install -c constraints.txt --no-deps wordllama lightning
+	$(PIP) install -c constraints.txt --no-deps --ignore-requires-python wordllama stocaching lightning
 	@touch $@

@@ -10,9 +10,9 @@ The parts:
     disk        rows on disk beside rows in memory    fill        MiniLM on descriptions of packages
     fill-cheap  static embeddings on glosses          growth      1% more data
     hits        what a look-up costs                  warm-start  a million rows, MiniLM declared
-    scale       how all of it grows with the rows     store       the figures of the store
-    demo        the demo                              large       ten million rows; with --full or by name,
-                                                                  it takes 9 GB of disk for a while
+    slots       a dataset in shared memory            scale       how all of it grows with the rows
+    store       the figures of the store              demo        the demo
+    large       ten million rows; with --full or by name, it takes 9 GB of disk for a while
 
 Each part prints its bars and writes its figures at its end, into the one JSON file, where the other parts stay as they
 are. So parts can be run one by one, and a run that is stopped loses the part that it was in.
@@ -38,6 +38,7 @@ from benchmarks.lookups import bench_hits
 from benchmarks.report import Bar, merge_json, print_bars, read_bars
 from benchmarks.scale import bench_scale
 from benchmarks.settings import Found, Settings
+from benchmarks.slots import bench_slots
 from benchmarks.starts import bench_large, bench_warm_start
 from benchmarks.store import PARTS as STORE_PARTS
 from benchmarks.store import bench_store
@@ -77,6 +78,7 @@ PARTS: dict[str, Callable[[Settings, Console], Found]] = {
     "fill-cheap": bench_fill_cheap,
     "growth": bench_growth,
     "hits": bench_hits,
+    "slots": bench_slots,
     "warm-start": bench_warm_start,
     "scale": bench_scale,
     "store": store,
@@ -98,6 +100,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[str], Settings, Path | 
     parser.add_argument("--rows", type=int, default=default.rows, help="of an epoch")
     parser.add_argument("--texts", type=int, default=default.texts, help="that MiniLM encodes")
     parser.add_argument("--glosses", type=int, default=default.glosses, help="that static embeddings encode")
+    parser.add_argument("--images", type=int, default=default.images, help="that are read through slots")
     parser.add_argument("--warm-rows", type=int, default=default.warm_rows, help="of a warm start")
     parser.add_argument("--large-rows", type=int, default=default.large_rows)
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="rows of the caches of scale")
@@ -115,6 +118,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[str], Settings, Path | 
         check_rows=min(default.check_rows, given.rows),
         texts=given.texts,
         glosses=given.glosses,
+        images=given.images,
         warm_rows=given.warm_rows,
         sizes=sizes,
         large_rows=given.large_rows,

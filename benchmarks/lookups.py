@@ -58,10 +58,7 @@ def bench_hits(settings: Settings, console: Console) -> Found:
         times = computed[name]
         table.add_row(name, f"{each[name]:.3f}", f"{turns.median(name):.3f}", "" if times is None else str(times))
     console.print(table)
-    console.print(
-        "stocaching is left out: it caches items of a dataset by index, which comes with the part of quatcache that "
-        "does the same; it asks for numpy < 2 besides"
-    )
+    console.print("stocaching is left out: it caches items of a dataset by index, as the part slots shows")
     figures = {
         "us_per_item": each,
         "us_per_item_as_tensor": {name: turns.median(name) for name in names},

@@ -28,6 +28,7 @@ _NEEDS = {
     "diskcache": "diskcache",
     "joblib.Memory": "joblib",
     "langchain": "langchain_classic",
+    "stocaching": "stocaching",
 }
 
 
@@ -41,6 +42,7 @@ class Settings:
         check_rows: Rows of the comparison that precedes the times.
         texts: Descriptions that MiniLM encodes.
         glosses: Glosses that static embeddings encode.
+        images: JPEG files that are read through slots.
         warm_rows: Rows of a warm start.
         warm_steps: Steps of a whole process that starts warm.
         quaterion_rows: Rows of Quaterion's warm start.
@@ -58,6 +60,7 @@ class Settings:
     check_rows: int = 20_000
     texts: int = 800
     glosses: int = 117_000
+    images: int = 500
     warm_rows: int = 1_000_000
     warm_steps: int = 200
     quaterion_rows: int = 200_000

@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quatcache.data import SimilarityGroupSample, SimilarityPairSample
+    from quatcache.data import CachedDataset, SimilarityGroupSample, SimilarityPairSample
     from quatcache.embedding_cache import EmbeddingCache, EmbeddingCacheStats
     from quatcache.encoders import Encoder
     from quatcache.errors import BatchFunctionError, QuatcacheError
     from quatcache.memoize import cache_batch_variable, memoize_batch
     from quatcache.sequences import PaddedSequences
     from quatcache.servable import ServableModel
+    from quatcache.store import SharedCache
     from quatcache.training import CacheCallback, CacheConfig, CacheReport, CacheType, TrainableModel
 
 __all__ = [
@@ -27,12 +28,14 @@ __all__ = [
     "CacheConfig",
     "CacheReport",
     "CacheType",
+    "CachedDataset",
     "EmbeddingCache",
     "EmbeddingCacheStats",
     "Encoder",
     "PaddedSequences",
     "QuatcacheError",
     "ServableModel",
+    "SharedCache",
     "SimilarityGroupSample",
     "SimilarityPairSample",
     "TrainableModel",
@@ -49,12 +52,14 @@ _HOMES = {
     "CacheConfig": "quatcache.training",
     "CacheReport": "quatcache.training",
     "CacheType": "quatcache.training",
+    "CachedDataset": "quatcache.data",
     "EmbeddingCache": "quatcache.embedding_cache",
     "EmbeddingCacheStats": "quatcache.embedding_cache",
     "Encoder": "quatcache.encoders",
     "PaddedSequences": "quatcache.sequences",
     "QuatcacheError": "quatcache.errors",
     "ServableModel": "quatcache.servable",
+    "SharedCache": "quatcache.store",
     "SimilarityGroupSample": "quatcache.data",
     "SimilarityPairSample": "quatcache.data",
     "TrainableModel": "quatcache.training",

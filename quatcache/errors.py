@@ -23,6 +23,9 @@ __all__ = [
     "NotFrozenError",
     "QuatcacheError",
     "SampleError",
+    "SlotIndexError",
+    "SlotStateError",
+    "SlotValueError",
     "StaleRowsError",
     "StoreError",
     "shorten",
@@ -77,8 +80,20 @@ class CacheMissError(QuatcacheError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class SlotIndexError(QuatcacheError, IndexError):
+    """An index outside the dataset that a shared cache was made for, or one that has no slot where it had to."""
+
+
+class SlotStateError(QuatcacheError, RuntimeError):
+    """A slot of a shared cache that is empty where it had to be set, or set where it had to be empty."""
+
+
+class SlotValueError(QuatcacheError, ValueError):
+    """A value that a slot of a shared cache does not take: another shape or another dtype."""
+
+
 class StoreError(QuatcacheError, OSError):
-    """A cache directory that cannot be read or written."""
+    """A cache directory that cannot be read or written, or shared memory that there is no room for."""
 
 
 class FormatError(QuatcacheError, ValueError):
@@ -90,7 +105,7 @@ class DamagedFileError(FormatError):
 
 
 class StaleRowsError(QuatcacheError, RuntimeError):
-    """Stored rows differ from what the encoder gives for the same items now, though nothing in its identity changed."""
+    """Stored rows differ from what the encoder, or the dataset, gives for the same items now."""
 
 
 class ModelDefinitionError(QuatcacheError, TypeError):

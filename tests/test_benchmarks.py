@@ -20,7 +20,20 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import lookups, measures, process, rows, scale, settings, store, texts, training, turns
+from benchmarks import (
+    lookups,
+    measures,
+    process,
+    rows,
+    scale,
+    settings,
+    slots,
+    slots_contenders,
+    store,
+    texts,
+    training,
+    turns,
+)
 from benchmarks.anonymous import Peak, anonymous_bytes
 from benchmarks.epochs import CONTENDERS, losses_of, seconds_of
 from benchmarks.fill_contenders import CONTENDERS as ENCODING
@@ -91,6 +104,7 @@ def test_every_timed_contender_exists_and_can_be_held_against_the_reference():
     assert set(MINILM) == set(ENCODING)
     assert MINILM[0] == STATIC[0] == "encode"  # the others are compared with what it has written
     assert list(CACHES) == lookups.NAMES
+    assert list(slots_contenders.CONTENDERS) == slots.NAMES
 
 
 def test_contender_with_other_losses_is_refused():
@@ -136,6 +150,30 @@ def test_cache_gives_the_rows_and_equal_misses_are_counted(name, tmp_path, monke
     assert found["us_tensor"] >= found["us_each"] > 0
     recomputes = name.startswith(("batche", "langchain"))
     assert found["computed_of_three"] == (None if not CACHES[name].fills else 3 if recomputes else 2)
+
+
+@pytest.mark.parametrize("contender", slots.NAMES)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epochs_over_images_are_timed_after_they_were_compared(contender, workers, tmp_path, monkeypatch, quiet):
+    if not settings.installed([contender], quiet):
+        pytest.skip(said(quiet))
+    slots_contenders.make_images(str(tmp_path), 6)
+    options = {"count": 6, "batch": 4, "workers": workers, "persistent": workers > 0, "passes": 1, "share": 0.5}
+    found = slots_contenders.epochs(contender, str(tmp_path), **options)
+    assert found["first_ms"] > 0 and found["again_ms"] > 0
+    wrong = lambda images, share: [images[index].flip(0) + 1 for index in range(6)]  # noqa: E731
+    monkeypatch.setitem(slots_contenders.CONTENDERS, contender, wrong)
+    with pytest.raises(SystemExit, match="other images; no figure"):
+        slots_contenders.epochs(contender, str(tmp_path), **options)
+
+
+def test_images_have_the_size_of_those_that_were_measured_before(tmp_path):
+    assert 50_000 < slots_contenders.make_images(str(tmp_path), 3)["bytes"] < 60_000
+
+
+def test_straightness_is_one_on_a_line_and_less_off_it():
+    assert slots.straightness([0, 1, 2, 3], [5.0, 4.0, 3.0, 2.0]) == pytest.approx(1.0)
+    assert slots.straightness([0, 1, 2, 3], [5.0, 1.0, 0.5, 0.2]) < 0.9
 
 
 def test_nothing_of_quatcache_runs_in_quaterions_environment():
@@ -327,7 +365,8 @@ def test_parts_without_their_texts_are_left_out_and_say_how_to_get_them(tmp_path
 
 
 SMALL = settings.Settings(
-    rounds=2, rows=2_100, check_rows=600, texts=33, glosses=404, warm_rows=3_000, warm_steps=3, sizes=(600, 1_200),
+    rounds=2, rows=2_100, check_rows=600, texts=33, glosses=404, images=12, warm_rows=3_000, warm_steps=3,
+    sizes=(600, 1_200),
     large_rows=6_000, quaterion=Path("nowhere/python"),
 )  # fmt: skip
 EXPECTED = {
@@ -338,6 +377,7 @@ EXPECTED = {
     "fill-cheap": {"texts", "largest_difference", "seconds", "ms_per_text", "duplicates"},
     "growth": {"static", "minilm"},
     "hits": {"us_per_item", "us_per_item_as_tensor", "rounds_as_tensor", "computed_of_three"},
+    "slots": {"images", "file_bytes", "epochs", "shares", "single"},
     "warm-start": {"rows", "steps", "runs", "process_seconds", "first_step_seconds", "anonymous_mb"},
     "scale": {"sizes", "slopes"},
     "large": {"small", "large"},
@@ -398,6 +438,9 @@ def test_bars_are_those_that_were_promised(here, debian, tmp_path, quiet, monkey
         "first_step": {"first_step_seconds": 0.7, "encoded": 0, "library_imported": False, "encoder_loaded": False,
                        "anonymous_left": 0, "anonymous_highest": 70_000_000},
         "warm": {"epoch_seconds": [1.0], "anonymous_highest": 1_500_000_000},
+        "make_images": {"bytes": 55_000},
+        "epochs": {"first_ms": 2.0, "again_ms": 1.0},
+        "single": {"get_slot_us": 1.0, "set_slot_us": 1.0, "stacked_us": 2.0, "batch_us": 1.0},
     }  # fmt: skip
 
     def work(module, function, *, python="", **options):
@@ -412,7 +455,9 @@ def test_bars_are_those_that_were_promised(here, debian, tmp_path, quiet, monkey
 
     monkeypatch.setattr(process, "work", work)
     found = {}
-    for part in ("epochs", "loading", "disk", "fill", "fill-cheap", "growth", "warm-start", "large"):
+    monkeypatch.setattr(settings, "find_spec", lambda package: object())
+    monkeypatch.setattr(slots, "straightness", lambda shares, times: 1.0)
+    for part in ("epochs", "loading", "disk", "fill", "fill-cheap", "growth", "slots", "warm-start", "large"):
         _, bars = command.PARTS[part](replace(SMALL, folder=tmp_path / "results"), quiet)
         found[part] = [(bar.bar, bar.at_most) for bar in bars if bar.bar is not None]
     assert found == {
@@ -422,6 +467,7 @@ def test_bars_are_those_that_were_promised(here, debian, tmp_path, quiet, monkey
         "fill": [(1.3, False), (2.5, False)],
         "fill-cheap": [(1.0, False), (1.0, True)],
         "growth": [(1.0, True), (0.05, True), (1.0, True), (0.05, True)],
+        "slots": [(1.0, True), (1.0, True), (1.0, True), (0.98, False)],
         "warm-start": [(1.0, True), (0.0, True), (100.0, True), (1.15, True)],
         "large": [(2.0, True), (1.5, True)],
     }

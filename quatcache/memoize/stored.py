@@ -23,6 +23,7 @@ from quatcache.keys import KeyArray, content_keys
 from quatcache.memoize.codecs import CODECS, Codec, codec_of
 from quatcache.memoize.results import Kind
 from quatcache.store import CacheDirectory, Found, Positions
+from quatcache.store.memory import assembled
 
 __all__ = ["StoredFunction", "StoredValues"]
 
@@ -180,11 +181,7 @@ class StoredValues:
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put values in the order of their positions."""
-        answer: list[Any] = [None] * size
-        for positions, values in parts:
-            for position, value in zip(positions.tolist(), values, strict=True):
-                answer[position] = value
-        return answer
+        return assembled(size, parts)
 
     def clear(self) -> None:
         """Keep everything: other processes use the same values."""

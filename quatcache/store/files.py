@@ -33,6 +33,7 @@ __all__ = [
     "open_tensors",
     "read_json",
     "read_tensors",
+    "replace_file",
     "write_json",
     "write_tensors",
 ]
@@ -64,7 +65,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StoreError: The file cannot be written.
     """
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    _replace(path, lambda file: file.write(text.encode() + b"\n"))
+    replace_file(path, lambda file: file.write(text.encode() + b"\n"))
 
 
 def write_tensors(
@@ -87,10 +88,23 @@ def write_tensors(
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    return _replace(path, lambda file: write_safetensors(file, plain, metadata or {}), durable=durable)
+    return replace_file(path, lambda file: write_safetensors(file, plain, metadata or {}), durable=durable)
 
 
-def _replace(path: Path, write: Callable[[UnfinishedFile], Result], *, durable: bool = True) -> Result:
+def replace_file(path: Path, write: Callable[[UnfinishedFile], Result], *, durable: bool = True) -> Result:
+    """Write a file atomically, into a directory that is there.
+
+    Args:
+        path: The file.
+        write: Writes its content.
+        durable: Flush it to the device; false: for what nobody reads after a power cut.
+
+    Returns:
+        What ``write`` returned.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     unfinished = None
     try:
         unfinished = UnfinishedFile(path)

@@ -11,7 +11,7 @@ from cachetools import Cache
 
 from quatcache.store.protocol import Found, Positions
 
-__all__ = ["MemoryStore"]
+__all__ = ["MemoryStore", "assembled"]
 
 _ABSENT = object()
 
@@ -67,12 +67,17 @@ class MemoryStore:
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put values in the order of their positions."""
-        answer: list[Any] = [None] * size
-        for positions, values in parts:
-            for position, value in zip(positions.tolist(), values, strict=True):
-                answer[position] = value
-        return answer
+        return assembled(size, parts)
 
     def clear(self) -> None:
         """Forget everything."""
         self._mapping.clear()
+
+
+def assembled(size: int, parts: Sequence[Found]) -> list[Any]:
+    """Put values of parts in the order of their positions, which together are ``range(size)``."""
+    answer: list[Any] = [None] * size
+    for positions, values in parts:
+        for position, value in zip(positions.tolist(), values, strict=True):
+            answer[position] = value
+    return answer

@@ -1,0 +1,235 @@
+"""A dataset whose samples are computed once and then read from shared memory, by whatever process asks."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+from typing_extensions import Self
+
+from quatcache.data.batches import given_samples
+from quatcache.data.cached_rows import rows_of
+from quatcache.data.sample_parts import SampleParts
+from quatcache.errors import ConfigError, SampleError, SlotValueError, StaleRowsError
+from quatcache.read_through import read_through
+from quatcache.store.memory import assembled
+from quatcache.store.protocol import Found, Positions
+from quatcache.store.safetensors_writer import tensor_bytes
+from quatcache.store.shared import SharedCache
+from quatcache.store.slot_files import stored_slots
+from quatcache.store.slot_values import as_item
+from quatcache.store.slots import SET
+
+__all__ = ["CachedDataset"]
+
+
+class CachedDataset(Dataset[Any]):
+    """A map-style dataset whose samples are read through a shared cache.
+
+    Samples are what the dataset gives, in the same types: a tensor or array of the shape and dtype of the cache, or a
+    tuple, list or mapping in which the first such part is the item. Its other parts, such as labels, are numbers, or
+    tensors or arrays of one shape; they are kept in shared memory of their own beside the cache.
+
+    A ``DataLoader`` reads the cached samples of a batch in one go, and they are copied once, with workers or without.
+
+    Args:
+        dataset: Gives the same sample for an index each time: random augmentation belongs into ``transform``.
+        cache: Made for its length and its items.
+        transform: Applied to the item at each read, cached or not; it may change what it gets.
+        example: A sample such as the dataset gives; None: ``dataset[0]`` is read, in the process that wraps it.
+
+    Raises:
+        ConfigError: The cache is for another number of samples.
+        SampleError: No part of a sample fits the cache, or another part cannot be kept.
+
+    Example:
+        >>> images = [(torch.full((3, 4, 4), i, dtype=torch.uint8), i % 2) for i in range(10)]
+        >>> cached = CachedDataset(images, SharedCache(1, len(images), (3, 4, 4)))
+        >>> image, label = cached[3]
+        >>> image.unique(), label, cached[3] is not None, cached.cache.stats().hits
+        (tensor([3], dtype=torch.uint8), 1, True, 1)
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        cache: SharedCache,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        example: Any = None,
+    ) -> None:
+        """Look at one sample, and take memory for the parts beside the item."""
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise SampleError(f"{type(dataset).__name__} has no indices or no length; give a map-style dataset.")
+        if len(dataset) != cache.spec.samples:
+            raise ConfigError(
+                f"the dataset has {len(dataset)} samples, the cache is for {cache.spec.samples}; make it with "
+                f"dataset_len={len(dataset)}."
+            )
+        self.dataset = dataset
+        self.cache = cache
+        self.transform = transform
+        sample = dataset[0] if example is None else example
+        self._store = _SampleStore.of(cache, SampleParts.of(sample, cache.spec.dims, cache.spec.dtype))
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Give one sample.
+
+        Raises:
+            SlotIndexError: The index is negative, or beyond the dataset.
+        """
+        return self._read([operator.index(index)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Give many samples: what a loader asks for a batch; errors as for one."""
+        return self._read([operator.index(index) for index in indices], together=self.transform is None)
+
+    def _read(self, indices: list[int], *, together: bool = False) -> list[Any]:
+        def compute(positions: Positions) -> list[Any]:
+            return list(given_samples(self.dataset, [indices[position] for position in positions.tolist()]))
+
+        samples = read_through(indices, compute, replace(self._store, together=together))
+        return self._store.parts.with_item(samples, self.transform) if self.transform and samples else samples
+
+    def save(self, folder: str | os.PathLike[str]) -> int:
+        """Write what is cached into a folder: a file for the items, and one for each part beside them.
+
+        Returns:
+            How many items there are.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        return [cache.save(path) for path, cache in self._store.files(Path(folder))][-1]
+
+    def load(self, folder: str | os.PathLike[str], *, verify: int = 3) -> int:
+        """Fill empty slots from a folder of :meth:`save`.
+
+        Args:
+            folder: The folder.
+            verify: So many of its items are compared with those of the dataset before any is used.
+
+        Returns:
+            How many slots were filled.
+
+        Raises:
+            FormatError: A file is missing, damaged, or of other items.
+            StaleRowsError: An item is not what the dataset gives: it was edited or reordered, or is random.
+            StoreError: A file cannot be read.
+        """
+        files = self._store.files(Path(folder))
+        self._verify(files[-1][0], verify)
+        return [cache.load(path) for path, cache in files][-1]
+
+    def _verify(self, path: Path, count: int) -> None:
+        indices, values, _ = stored_slots(path, self.cache.spec)
+        places = np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices)), dtype=np.int64))
+        wanted = indices[torch.from_numpy(places)].tolist()
+        items = self._store.items(wanted, given_samples(self.dataset, wanted))
+        for place, index, item in zip(places.tolist(), wanted, items, strict=True):
+            if tensor_bytes(item) != tensor_bytes(values[place]):
+                raise StaleRowsError(
+                    f"item {index} in {path} is not what the dataset gives; delete the file if the data were changed, "
+                    "and keep what is random out of what is cached."
+                )
+
+
+@dataclass(frozen=True)
+class _SampleStore:
+    """Slots as a store of samples by index, for ``read_through``.
+
+    The parts beside an item are written before it and looked for after it: whoever finds an item finds its label.
+
+    Attributes:
+        parts: How samples are made.
+        caches: A cache for each part.
+        together: Whether the items that are found stay one batch.
+    """
+
+    parts: SampleParts
+    caches: tuple[SharedCache, ...]
+    together: bool = False
+
+    @classmethod
+    def of(cls, cache: SharedCache, parts: SampleParts) -> Self:
+        """Take memory for the parts beside the item."""
+        caches = (
+            cache if place == parts.item else cache.beside(f"part{place}", part.shape, part.dtype)
+            for place, part in enumerate(parts.parts)
+        )
+        return cls(parts, tuple(caches))
+
+    @property
+    def order(self) -> list[int]:
+        """The parts, the item last."""
+        return [*(place for place in range(len(self.caches)) if place != self.parts.item), self.parts.item]
+
+    def files(self, folder: Path) -> list[tuple[Path, SharedCache]]:
+        """Say where each part is kept, the item last."""
+        names = [f"part{place}" for place in self.order[:-1]] + ["items"]
+        return [(folder / f"{name}.safetensors", self.caches[i]) for name, i in zip(names, self.order, strict=True)]
+
+    def __len__(self) -> int:
+        return self.caches[self.parts.item].stats().present
+
+    def missing(self, keys: Sequence[int]) -> Positions:
+        """Give the positions of the samples that are not cached whole."""
+        indices = torch.tensor(keys, dtype=torch.int64)
+        absent = torch.stack([cache.aux_array[indices] != SET for cache in self.caches]).any(dim=0)
+        return np.flatnonzero(absent.numpy())
+
+    def get_many(self, keys: Sequence[int]) -> Found:
+        """Give the samples that are cached whole."""
+        item = self.parts.item
+        positions, values = self.caches[item].get_slots(keys, shared=self.together and get_worker_info() is not None)
+        wanted = np.asarray(keys, np.int64)[positions]
+        found = [self.caches[i].get_slots(wanted) if i != item else None for i in range(len(self.caches))]
+        whole = np.ones(len(positions), bool)
+        for part in found:
+            if part is not None and len(part.positions) < len(positions):  # cleared meanwhile, or not loaded
+                whole &= np.isin(np.arange(len(positions)), part.positions)
+        columns: list[Sequence[Any]] = []
+        for part, kind in zip(found, self.parts.parts, strict=True):
+            given = values if part is None else part.values
+            if not whole.all():
+                at = np.arange(len(positions)) if part is None else part.positions
+                given = given[torch.from_numpy(whole[at])]
+            columns.append(rows_of(given) if part is None and self.together and kind.is_tensor else kind.given(given))
+        return Found(positions[whole], self.parts.together(columns))
+
+    def put_many(self, keys: Sequence[int], values: Sequence[Any]) -> None:
+        """Write samples that were computed; if one does not fit, none is written."""
+        columns = list(zip(*map(self.parts.apart, values), strict=True))
+        tensors = [_stacked(cache, keys, column) for cache, column in zip(self.caches, columns, strict=True)]
+        for place in self.order:
+            self.caches[place].set_slots(keys, tensors[place])
+
+    def items(self, keys: Sequence[int], samples: Sequence[Any]) -> list[torch.Tensor]:
+        """Give the items of samples as slots hold them."""
+        items = [self.parts.apart(sample)[self.parts.item] for sample in samples]
+        return list(_stacked(self.caches[self.parts.item], keys, items)) if items else []
+
+    def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
+        """Put samples in the order of their positions."""
+        return assembled(size, parts)
+
+
+def _stacked(cache: SharedCache, keys: Sequence[int], values: Sequence[Any]) -> torch.Tensor:
+    tensors = []
+    for key, value in zip(keys, values, strict=True):
+        try:
+            tensors.append(as_item(value, cache.spec))
+        except SlotValueError as error:
+            raise SlotValueError(f"sample {key} of the dataset: {error}") from error
+    return torch.stack(tensors)

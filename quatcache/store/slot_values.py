@@ -1,0 +1,130 @@
+"""What slots can be made for, and what may be put into one: exactly the shape and dtype that it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from quatcache.errors import ConfigError, SlotValueError, shorten
+from quatcache.store.slots import SLOT_DTYPES, SlotSpec
+
+__all__ = ["as_item", "as_items", "as_tensor", "planned_slots", "slot_dtype"]
+
+_GIB = 1 << 30
+_BITS = {"8-bit": torch.uint8, "16-bit": torch.uint16, "32-bit": torch.uint32, "64-bit": torch.uint64}
+"""The names of stocaching 0.1, for what it took them for."""
+
+
+def slot_dtype(dtype: Any) -> torch.dtype:
+    """Find a dtype that slots can have.
+
+    Args:
+        dtype: A torch dtype, its name, or a number of bits such as "8-bit".
+
+    Raises:
+        ConfigError: It is none.
+
+    Example:
+        >>> slot_dtype("8-bit"), slot_dtype("float16"), slot_dtype(torch.bool)
+        (torch.uint8, torch.float16, torch.bool)
+    """
+    name = str(dtype).removeprefix("torch.")
+    found = _BITS.get(name) or SLOT_DTYPES.get(name)
+    if found is None:
+        raise ConfigError(f"dtype {shorten(dtype)} cannot be cached; give one of {', '.join([*SLOT_DTYPES, *_BITS])}.")
+    return found
+
+
+def planned_slots(
+    size_limit_gib: float, dataset_len: Any, data_dims: Any, dtype: torch.dtype | str, seed: Any
+) -> SlotSpec:
+    """Find how many slots a budget has room for; arguments are those of ``SharedCache``.
+
+    Raises:
+        ConfigError: Not for one, or an argument is none.
+    """
+    kind = slot_dtype(dtype)
+    if not _is_integer(dataset_len, 1):
+        raise ConfigError(f"dataset_len is {dataset_len!r}; give the number of samples, at least 1.")
+    dims = tuple(data_dims) if isinstance(data_dims, Sequence) else (0,)
+    if not all(_is_integer(size, 1) for size in dims):
+        raise ConfigError(f"data_dims is {data_dims!r}; give the shape of one item, such as (3, 224, 224).")
+    if not 0 < size_limit_gib < math.inf:
+        raise ConfigError(f"size_limit_gib is {size_limit_gib!r}; give a number of GiB above 0.")
+    if seed is not None and not _is_integer(seed, 0):
+        raise ConfigError(f"seed is {seed!r}; give an integer from 0 on, or None for the first samples.")
+    dims, samples = tuple(map(int, dims)), int(dataset_len)
+    item = math.prod(dims) * kind.itemsize
+    slots = min(samples, (int(size_limit_gib * _GIB) - samples) // item)
+    if slots < 1:
+        raise ConfigError(
+            f"size_limit_gib={size_limit_gib} has no room for one item of {item} bytes beside {samples} bytes of "
+            f"states; give at least {(item + samples) / _GIB:.2g}."
+        )
+    return SlotSpec(samples, slots, dims, kind, int(seed) if seed is not None and slots < samples else None)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and int(value) >= least
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    """Give a tensor on the CPU for a tensor, an array or a number; memory is shared where that is possible.
+
+    Raises:
+        SlotValueError: It is something else.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu() if value.requires_grad else value.cpu()
+    if isinstance(value, np.ndarray) and (not value.flags.writeable or any(step < 0 for step in value.strides)):
+        value = value.copy()  # torch warns of memory that it may not write, and knows no negative strides
+    if isinstance(value, float) and not isinstance(value, np.generic):
+        return torch.tensor(value, dtype=torch.float64)  # as a loader collates it
+    if isinstance(value, (bool, int, np.ndarray, np.generic)):
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, RuntimeError, OverflowError) as error:
+            raise SlotValueError(f"{shorten(value)} cannot be a tensor ({error}).") from error
+    raise SlotValueError(f"{shorten(value)} is a {type(value).__name__}; give a tensor, an array, or a number.")
+
+
+def as_item(value: Any, spec: SlotSpec) -> torch.Tensor:
+    """Give the tensor that a slot is to hold.
+
+    Raises:
+        SlotValueError: The value has another shape or dtype. Numbers become what the slot has, if it can hold them.
+    """
+    item = _number(value, spec.dtype) if isinstance(value, (bool, int, float)) else as_tensor(value)
+    return _checked(item, spec.dims, spec.dtype)
+
+
+def as_items(values: Any, count: int, spec: SlotSpec) -> torch.Tensor:
+    """Give a tensor ``(count, *dims)`` for the items of many slots; errors as for :func:`as_item`."""
+    return _checked(as_tensor(values), (count, *spec.dims), spec.dtype)
+
+
+def _number(value: float, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        number = torch.tensor(value, dtype=dtype)
+    except (RuntimeError, OverflowError):  # more than the dtype holds
+        number = None
+    if number is None or not (dtype.is_floating_point or number.item() == value):
+        raise SlotValueError(f"{value!r} is no {_name(dtype)}, which is what the cache holds; convert it.")
+    return number
+
+
+def _checked(item: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if item.dtype != dtype or item.shape != shape:
+        raise SlotValueError(
+            f"the value is {tuple(item.shape)} {_name(item.dtype)}, the cache takes {shape} {_name(dtype)}; convert "
+            "it, or make the cache for it."
+        )
+    return item
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
