@@ -5,7 +5,7 @@
 #   make demo         the main job on real data: fill once, train from the cache, run again without encoding
 #   make test         every test and doctest, with the coverage floor
 #   make lint types   ruff and mypy
-#   make bench        the speed figures, each beside its bar, then imgs/benchmarks.png and imgs/growth.png from them
+#   make bench        the speed figures, each beside its bar, then imgs/{benchmarks,growth,slots}.png from them
 #   make bench-quaterion  an environment in which make bench can hold Quaterion beside quatcache (Python 3.11)
 #   make tutorials    execute the notebooks
 #   make charts       the demo from an empty cache, then imgs/*.png from its figures

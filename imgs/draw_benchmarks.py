@@ -1,4 +1,4 @@
-"""Draw imgs/benchmarks.png and imgs/growth.png from what was measured: ``python imgs/draw_benchmarks.py FILE.json``.
+"""Draw benchmarks.png, growth.png and slots.png from what was measured: ``python imgs/draw_benchmarks.py FILE.json``.
 
 The file is the one of ``python -m benchmarks --json FILE.json``. A panel whose part was not measured is not drawn.
 """
@@ -236,6 +236,35 @@ def draw_growth(part: Mapping[str, Any], target: Path) -> None:
     save(figure, target)
 
 
+def share_line(axes: Axes, part: Mapping[str, Any]) -> None:
+    """Draw the time an image takes over the share of the dataset that has slots, beside the straight line."""
+    shares, ms = part["shares"], part["ms"]
+    axes.plot([0, 100], [ms[0], ms[-1]], "--", color=OTHERS, lw=1.6, label="straight line from none to all")
+    axes.plot([100 * share for share in shares], ms, "o-", color=OURS, lw=2.2, ms=7, label="quatcache, CachedDataset")
+    for share, value in zip(shares, ms, strict=True):
+        text = f"{value:.2f} ms, {_short(ms[0] / value)} x as fast"
+        axes.annotate(text, (100 * share, value), (6, 8), textcoords="offset points", fontsize=10)
+    axes.set(xlabel="share of the images with a slot, percent", ylabel="milliseconds an image", xlim=(-4, 152))
+    axes.set_xticks([100 * share for share in shares])
+    axes.set_ylim(0, ms[0] * 1.2)
+    axes.grid(True, color="#e3e6e8", lw=0.8)
+    axes.legend(frameon=False, loc="upper right", fontsize=10)
+    axes.set_title(f"A later epoch by cached share (R² {part['straightness']:.4f})", fontsize=12, fontweight="bold")
+
+
+def draw_slots(part: Mapping[str, Any], target: Path) -> None:
+    """Draw epochs over images: by the share that is cached, and beside those of other caches."""
+    figure, grid = plt.subplots(2, 2, figsize=(15, 8), layout="constrained")
+    share_line(grid.flat[0], part["shares"])
+    for axes, (title, epochs) in zip(grid.flat[1:], part["epochs"].items(), strict=False):
+        us = {name: 1e3 * ms for name, ms in epochs["again_ms"].items()}
+        bars(axes, us, f"A later epoch, {title}", "microseconds an image, logarithmic", log=True)
+    what = f"{part['images']} JPEG files of {part['file_bytes'] / 1000:.0f} kB, scaled to 3x224x224 uint8"
+    figure.suptitle(f"Slots in shared memory: {what}", fontsize=14, x=0.01, ha="left")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    save(figure, target)
+
+
 def main() -> None:
     """Draw what the file has figures for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -251,6 +280,8 @@ def main() -> None:
         print("no part of these figures has contenders to draw")
     if "scale" in parts:
         draw_growth(parts["scale"], arguments.folder / "growth.png")
+    if "slots" in parts:
+        draw_slots(parts["slots"], arguments.folder / "slots.png")
 
 
 if __name__ == "__main__":

@@ -500,7 +500,12 @@ def test_pictures_are_drawn_of_what_was_measured(here, debian, tmp_path, quiet, 
     scaling = {"sizes": [scaled, {**scaled, "rows": 100}], "slopes": dict.fromkeys(names, 0.0)}
     merge_json(target, "scale", scaling, [])
     module.main()
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["benchmarks.png", "growth.png"]
+    epochs = {"2 workers": {"again_ms": {"uncached": 2.0, "quatcache, CachedDataset": 0.1}}}
+    shares = {"shares": [0.0, 0.5, 1.0], "ms": [2.0, 1.1, 0.1], "straightness": 0.99}
+    merge_json(target, "slots", {"images": 8, "file_bytes": 5000, "epochs": epochs, "shares": shares}, [])
+    module.main()
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == ["benchmarks.png", "growth.png", "slots.png"]
 
 
 # the store

@@ -35,7 +35,7 @@ from quatcache.training.guards import (
     refuse_collections,
     refuse_transfer_hooks,
 )
-from quatcache.training.internals import try_to_share_out
+from quatcache.training.internals import pass_profiler_by, restore_profiler, try_to_share_out
 from quatcache.training.lightning import LightningModule, Trainer, isolate_rng
 from quatcache.training.loaders import checked_loader, convert_loader, replace_rows
 from quatcache.training.placement import Placement, place_rows, where_rows_come
@@ -106,6 +106,7 @@ class CacheSession:
         self.receipt = Receipt(trainer, self.report, self._gather, self._seconds_of_kept)
         self.guard = FrozenGuard(cached)
         self.sources = LoaderSources(trainer, self._convert)  # last: nothing is exchanged before an error
+        pass_profiler_by(trainer)
 
     @property
     def _reader(self) -> Callable[[Any], Any]:
@@ -301,6 +302,7 @@ class CacheSession:
         """Put encoders and loader sources back, on the device where the module is now."""
         self.guard.close()
         self.sources.restore()
+        restore_profiler(self._trainer)
         for entry in self._quiet:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]

@@ -6,11 +6,13 @@ import logging
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.profilers import SimpleProfiler
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.profilers import PassThroughProfiler, SimpleProfiler
 from pytorch_lightning.utilities import CombinedLoader
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -23,7 +25,7 @@ from quatcache.heads import LinearHead
 from quatcache.losses import MultipleNegativesRankingLoss
 from quatcache.metrics import EmbeddingRetrieval
 from quatcache.training.plan import plan
-from tests.fits import HashingEncoder, Model, Texts, fit, loader, same_run, texts, trainer
+from tests.fits import Failing, HashingEncoder, Model, Texts, fit, loader, same_run, texts, trainer
 
 CACHES = [None, CacheConfig()]
 
@@ -400,3 +402,37 @@ def test_lightning_enters_no_hook_of_a_step_that_does_nothing():
     assert entered(callback, Model()) == {"on_train_batch_start", "on_train_batch_end"}
     assert callback.ended == 3
     assert pickle.loads(pickle.dumps(callback)).ended == 3
+
+
+class Recording(PassThroughProfiler):
+    """A profiler of the user's own, on what Lightning offers for none."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = []
+
+    def start(self, action_name):
+        self.started.append(action_name)
+
+
+@pytest.mark.parametrize("profiler", [SimpleProfiler, Recording], ids=["Lightning's", "own"])
+def test_a_profiler_sees_all_of_a_cached_step(profiler):
+    profiler = profiler()
+    fit(Model(cache=CacheConfig()), loader(Texts(texts(24))), max_epochs=1, profiler=profiler)
+    seen = profiler.started if isinstance(profiler, Recording) else profiler.recorded_durations
+    assert {"run_training_batch", "[Callback]CacheCallback.on_train_batch_start"} <= set(seen)
+
+
+def test_a_step_without_a_profiler_enters_none_and_the_trainer_is_left_as_it_was():
+    class Looking(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            entered.append(type(trainer.profiler.profile("an action")))
+
+    entered = []
+    run = fit(Model(cache=CacheConfig()), loader(Texts(texts(24))), max_epochs=1, callbacks=[Looking()])
+    assert entered == [nullcontext] * 3
+    assert type(run.profiler) is PassThroughProfiler and "profile" not in vars(run.profiler)
+    with pytest.raises(RuntimeError, match="boom"):
+        run = trainer(callbacks=[Failing(RuntimeError("boom"))])
+        run.fit(Model(cache=CacheConfig()), loader(Texts(texts(24))))
+    assert "profile" not in vars(run.profiler)
