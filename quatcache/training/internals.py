@@ -116,9 +116,9 @@ def pass_profiler_by(trainer: Trainer) -> None:
 
 def restore_profiler(trainer: Trainer) -> None:
     """Undo what :func:`pass_profiler_by` did."""
-    of_instance = vars(trainer.profiler)  # type: ignore[attr-defined]
-    if of_instance.get("profile") is nullcontext:
-        del of_instance["profile"]
+    profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+    if vars(profiler).get("profile") is nullcontext:
+        del profiler.profile
 
 
 def unseen_steps(trainer: Trainer, batch_idx: int) -> int:
