@@ -93,9 +93,10 @@ class Segment(mmap.mmap):
         A lock that is given up orders what came before it, one that is taken what comes after. On x86 stores are seen
         in their order anyway; processors of ARM need to be told.
         """
-        for _ in range(2):
-            with self._order:
-                pass
+        with self._order:
+            pass
+        with self._order:
+            pass
 
 
 _OPENING = threading.Lock()
