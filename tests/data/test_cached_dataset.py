@@ -80,7 +80,8 @@ def wrapped(dataset, *, share=1.0, seed=None, **options):
 def same(found, expected):
     """Compare samples and their types."""
     if isinstance(expected, dict):
-        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
+        alike = type(found) is type(expected) and list(found) == list(expected)
+        return alike and all(same(found[key], expected[key]) for key in expected)
     if isinstance(expected, (tuple, list)):
         return type(found) is type(expected) and all(map(same, found, expected)) and len(found) == len(expected)
     if isinstance(expected, torch.Tensor):
