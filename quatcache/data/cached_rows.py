@@ -43,9 +43,13 @@ def collate_rows(rows: Sequence[torch.Tensor], *, collate_fn_map: Any = None) ->
     first = rows[0]
     step = first.numel() * first.element_size()
     start, count = first.data_ptr(), len(rows)
+    kind = first.shape, first.stride(), first.dtype  # somebody may have transposed some of them
     whole = (
         first.is_contiguous()
-        and all(row.data_ptr() == start + step * place and row.shape == first.shape for place, row in enumerate(rows))
+        and all(
+            row.data_ptr() == start + step * place and (row.shape, row.stride(), row.dtype) == kind
+            for place, row in enumerate(rows)
+        )
         and first.storage_offset() * first.element_size() + step * count <= first.untyped_storage().nbytes()
     )
     if whole:

@@ -206,6 +206,27 @@ def test_rows_in_another_order_or_of_other_batches_are_collated_as_ever():
         default_collate([rows[0], torch.zeros(2, dtype=torch.int64)])
 
 
+def test_rows_that_somebody_viewed_otherwise_are_collated_as_they_are_now():
+    """A random transposition behind the cache leaves a square image where it is in memory."""
+    plain = torch.arange(8.0).reshape(2, 2, 2)
+    for change in (torch.t, lambda row: row.view(torch.int32), lambda row: row[:1], lambda row: row.reshape(4)):
+        rows = cached_rows.rows_of(plain.clone())
+        try:
+            expected = torch.stack([plain[0], change(plain[1])])
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                default_collate([rows[0], change(rows[1])])
+        else:
+            found = default_collate([rows[0], change(rows[1])])
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_rows_of_neighbouring_memory_that_is_not_one_are_copied_together():
+    memory = np.arange(6.0)
+    rows = [*cached_rows.rows_of(torch.from_numpy(memory[:3])[None]), torch.from_numpy(memory[3:])]
+    assert default_collate(rows).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_rows_are_tensors_like_others():
     assert cached_rows.rows_of(torch.zeros(0, 3)) == []
     row, other = cached_rows.rows_of(torch.arange(3.0, 9.0).reshape(2, 3))
@@ -511,6 +532,14 @@ def test_sample_that_is_unlike_the_first_is_refused_and_nothing_of_its_batch_sto
         cached.__getitems__([1, 2, 3])
     assert cached.cache.stats().present == 0
     assert same(cached[1], samples[1])
+
+
+@pytest.mark.parametrize("odd", [{"id": 1}, {"id": 1, "image": image(1), "name": 2}, {"id": 1, "picture": image(1)}])
+def test_mapping_of_other_keys_than_the_first_is_refused(odd):
+    cached = CachedDataset([{"id": 0, "image": image(0)}, odd], SharedCache(1, 2, SHAPE))
+    with pytest.raises(SampleError, match="not made like the first sample"):
+        cached[1]
+    assert cached.cache.stats().present == 0
 
 
 def test_error_of_the_dataset_reaches_the_caller_and_nothing_is_stored():
