@@ -78,7 +78,7 @@ class CachedDataset(Dataset[Any]):
         self.transform = transform
         sample = dataset[0] if example is None else example
         self._store = _SampleStore.of(cache, SampleParts.of(sample, cache.spec.dims, cache.spec.dtype))
-        self._batches = self._store if transform else replace(self._store, together=True)
+        self._batches = replace(self._store, together=True)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -98,7 +98,8 @@ class CachedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Give many samples: what a loader asks for a batch; errors as for one."""
-        return self._read(self._batches, list(map(operator.index, indices)))
+        store = self._batches if self.transform is None else self._store
+        return self._read(store, list(map(operator.index, indices)))
 
     def _read(self, store: _SampleStore, indices: list[int], found: Found | None = None) -> list[Any]:
         fresh = False

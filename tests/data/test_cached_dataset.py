@@ -173,6 +173,13 @@ def test_dataset_that_reads_batches_is_asked_for_the_misses_of_a_batch_at_once()
     assert asked == [[2], [1, 3]]
 
 
+def test_sample_that_is_read_alone_is_counted_once():
+    cached = wrapped(Counted("tuple"))
+    cached[3], cached[3], cached[4]
+    stats = cached.cache.stats()
+    assert (stats.hits, stats.misses, stats.present) == (1, 2, 2)
+
+
 def test_zeros_are_cached():
     dataset = Counted("tuple")
     cached = wrapped(dataset)
@@ -289,6 +296,8 @@ def test_transform_sees_each_read_and_never_the_cache(workers):
     assert dataset.reads.tolist() == [1] * COUNT
     assert torch.equal(cached.cache[9], image(9))
     assert cached[9][0].unique().tolist() == [109]
+    cached.transform = type  # one that is set later sees what a first one sees
+    assert {sample[0] for sample in cached.__getitems__([1, 2])} == {cached[1][0]} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("kind", KINDS)
