@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from quatcache.data.batches import given_samples
 from quatcache.data.cached_rows import rows_of
-from quatcache.data.sample_parts import SampleParts
+from quatcache.data.sample_parts import SampleParts, own_copy
 from quatcache.errors import ConfigError, SampleError, SlotValueError, StaleRowsError
 from quatcache.read_through import read_through
 from quatcache.store.memory import assembled
@@ -24,8 +24,8 @@ from quatcache.store.protocol import Found, Positions
 from quatcache.store.safetensors_writer import tensor_bytes
 from quatcache.store.shared import SharedCache
 from quatcache.store.slot_files import stored_slots
+from quatcache.store.slot_layout import SET
 from quatcache.store.slot_values import as_item
-from quatcache.store.slots import SET
 
 __all__ = ["CachedDataset"]
 
@@ -78,6 +78,7 @@ class CachedDataset(Dataset[Any]):
         self.transform = transform
         sample = dataset[0] if example is None else example
         self._store = _SampleStore.of(cache, SampleParts.of(sample, cache.spec.dims, cache.spec.dtype))
+        self._batches = replace(self._store, together=True)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -89,18 +90,31 @@ class CachedDataset(Dataset[Any]):
         Raises:
             SlotIndexError: The index is negative, or beyond the dataset.
         """
-        return self._read([operator.index(index)])[0]
+        index = operator.index(index)
+        sample = self._store.get(index)
+        if sample is None:
+            return self._read(self._store, [index], Found(np.empty(0, np.int64), []))[0]
+        return sample if self.transform is None else self._store.parts.with_item([sample], self.transform)[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Give many samples: what a loader asks for a batch; errors as for one."""
-        return self._read([operator.index(index) for index in indices], together=self.transform is None)
+        store = self._batches if self.transform is None else self._store
+        return self._read(store, list(map(operator.index, indices)))
 
-    def _read(self, indices: list[int], *, together: bool = False) -> list[Any]:
+    def _read(self, store: _SampleStore, indices: list[int], found: Found | None = None) -> list[Any]:
+        fresh = False
+
         def compute(positions: Positions) -> list[Any]:
+            nonlocal fresh
+            fresh = True
             return list(given_samples(self.dataset, [indices[position] for position in positions.tolist()]))
 
-        samples = read_through(indices, compute, replace(self._store, together=together))
-        return self._store.parts.with_item(samples, self.transform) if self.transform and samples else samples
+        samples = read_through(indices, compute, store, found=found)
+        if self.transform is None or not samples:
+            return samples
+        if fresh:  # the dataset may keep what it gives, and of an index asked for twice there is one sample
+            samples = store.parts.with_item(samples, own_copy)
+        return store.parts.with_item(samples, self.transform)
 
     def save(self, folder: str | os.PathLike[str]) -> int:
         """Write what is cached into a folder: a file for the items, and one for each part beside them.
@@ -118,31 +132,37 @@ class CachedDataset(Dataset[Any]):
 
         Args:
             folder: The folder.
-            verify: So many of its items are compared with those of the dataset before any is used.
+            verify: So many of its samples are compared with those of the dataset before any is used.
 
         Returns:
             How many slots were filled.
 
         Raises:
             FormatError: A file is missing, damaged, or of other items.
-            StaleRowsError: An item is not what the dataset gives: it was edited or reordered, or is random.
+            StaleRowsError: A sample is not what the dataset gives: it was edited or reordered, or is random.
             StoreError: A file cannot be read.
         """
         files = self._store.files(Path(folder))
-        self._verify(files[-1][0], verify)
+        self._verify(files, verify)
         return [cache.load(path) for path, cache in files][-1]
 
-    def _verify(self, path: Path, count: int) -> None:
-        indices, values, _ = stored_slots(path, self.cache.spec)
-        places = np.unique(np.linspace(0, len(indices) - 1, min(count, len(indices)), dtype=np.int64))
-        wanted = indices[torch.from_numpy(places)].tolist()
-        items = self._store.items(wanted, given_samples(self.dataset, wanted))
-        for place, index, item in zip(places.tolist(), wanted, items, strict=True):
-            if tensor_bytes(item) != tensor_bytes(values[place]):
-                raise StaleRowsError(
-                    f"item {index} in {path} is not what the dataset gives; delete the file if the data were changed, "
-                    "and keep what is random out of what is cached."
-                )
+    def _verify(self, files: Sequence[tuple[Path, SharedCache]], count: int) -> None:
+        cached, _, _ = stored_slots(files[-1][0], self.cache.spec)
+        places = np.unique(np.linspace(0, len(cached) - 1, min(count, len(cached)), dtype=np.int64))
+        wanted = cached.numpy()[places]
+        if not len(wanted):
+            return
+        columns = self._store.columns(wanted.tolist(), given_samples(self.dataset, wanted.tolist()))
+        for (path, cache), column in zip(files, columns, strict=True):
+            indices, values, _ = stored_slots(path, cache.spec)
+            places = np.searchsorted(indices.numpy(), wanted)
+            for place, index, value in zip(places.tolist(), wanted.tolist(), column, strict=True):
+                there = place < len(indices) and int(indices[place]) == index
+                if there and tensor_bytes(value) != tensor_bytes(values[place]):
+                    raise StaleRowsError(
+                        f"sample {index} in {path} is not what the dataset gives; delete the folder if the data were "
+                        "changed, and keep what is random out of what is cached."
+                    )
 
 
 @dataclass(frozen=True)
@@ -189,36 +209,46 @@ class _SampleStore:
         absent = torch.stack([cache.aux_array[indices] != SET for cache in self.caches]).any(dim=0)
         return np.flatnonzero(absent.numpy())
 
+    def get(self, key: int) -> Any:
+        """Give one sample, or None if it is not cached whole."""
+        item = self.caches[self.parts.item].copy_slot(key)
+        if item is None:
+            return None
+        columns = []
+        for place, part in enumerate(self.parts.parts):
+            value = item if place == self.parts.item else self.caches[place].copy_slot(key)
+            if value is None:
+                return None
+            columns.append([value] if part.kind is torch.Tensor else part.given(value[None]))
+        return self.parts.together(columns)[0]
+
     def get_many(self, keys: Sequence[int]) -> Found:
         """Give the samples that are cached whole."""
-        item = self.parts.item
-        positions, values = self.caches[item].get_slots(keys, shared=self.together and get_worker_info() is not None)
-        wanted = np.asarray(keys, np.int64)[positions]
-        found = [self.caches[i].get_slots(wanted) if i != item else None for i in range(len(self.caches))]
-        whole = np.ones(len(positions), bool)
-        for part in found:
-            if part is not None and len(part.positions) < len(positions):  # cleared meanwhile, or not loaded
-                whole &= np.isin(np.arange(len(positions)), part.positions)
+        item, wanted = self.parts.item, np.asarray(keys)
+        positions, items = self.caches[item].get_slots(wanted, shared=self.together and get_worker_info() is not None)
         columns: list[Sequence[Any]] = []
-        for part, kind in zip(found, self.parts.parts, strict=True):
-            given = values if part is None else part.values
-            if not whole.all():
-                at = np.arange(len(positions)) if part is None else part.positions
-                given = given[torch.from_numpy(whole[at])]
-            columns.append(rows_of(given) if part is None and self.together and kind.is_tensor else kind.given(given))
-        return Found(positions[whole], self.parts.together(columns))
+        for place, (part, cache) in enumerate(zip(self.parts.parts, self.caches, strict=True)):
+            if place == item:
+                columns.append(rows_of(items) if self.together and part.kind is torch.Tensor else part.given(items))
+                continue
+            beside = cache.get_slots(wanted[positions])
+            if len(beside.positions) < len(positions):  # cleared meanwhile, or not loaded: it is the others, then
+                kept = positions[beside.positions]
+                whole = self.get_many(wanted[kept].tolist())
+                return Found(kept[whole.positions], whole.values)
+            columns.append(part.given(beside.values))
+        return Found(positions, self.parts.together(columns))
 
     def put_many(self, keys: Sequence[int], values: Sequence[Any]) -> None:
         """Write samples that were computed; if one does not fit, none is written."""
-        columns = list(zip(*map(self.parts.apart, values), strict=True))
-        tensors = [_stacked(cache, keys, column) for cache, column in zip(self.caches, columns, strict=True)]
-        for place in self.order:
-            self.caches[place].set_slots(keys, tensors[place])
+        columns = self.columns(keys, values)
+        for place, column in zip(self.order, columns, strict=True):  # a label of an item that was cleared is an old one
+            self.caches[place].set_slots(keys, column, allow_overwrite=None if place == self.parts.item else True)
 
-    def items(self, keys: Sequence[int], samples: Sequence[Any]) -> list[torch.Tensor]:
-        """Give the items of samples as slots hold them."""
-        items = [self.parts.apart(sample)[self.parts.item] for sample in samples]
-        return list(_stacked(self.caches[self.parts.item], keys, items)) if items else []
+    def columns(self, keys: Sequence[int], samples: Sequence[Any]) -> list[torch.Tensor]:
+        """Give each part of samples as slots hold it, the item last."""
+        columns = list(zip(*map(self.parts.apart, samples), strict=True))
+        return [_stacked(self.caches[place], keys, columns[place]) for place in self.order]
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put samples in the order of their positions."""

@@ -19,7 +19,7 @@ __all__ = ["CachedRow", "collate_rows", "rows_of"]
 
 
 class CachedRow(torch.Tensor):
-    """A row of a batch: a tensor like any other, and what is computed of it is a plain one."""
+    """The first row of a batch, whose type decides how it is collated; what is computed of it is a plain tensor."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as Parameter has it
 
@@ -33,7 +33,9 @@ def rows_of(batch: torch.Tensor) -> list[torch.Tensor]:
         >>> default_collate(rows_of(batch)).data_ptr() == batch.data_ptr()
         True
     """
-    return [row.as_subclass(CachedRow) for row in batch.unbind()]
+    rows = list(batch.unbind())
+    rows[:1] = [row.as_subclass(CachedRow) for row in rows[:1]]
+    return rows
 
 
 def collate_rows(rows: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
@@ -41,9 +43,13 @@ def collate_rows(rows: Sequence[torch.Tensor], *, collate_fn_map: Any = None) ->
     first = rows[0]
     step = first.numel() * first.element_size()
     start, count = first.data_ptr(), len(rows)
+    kind = first.shape, first.stride(), first.dtype  # somebody may have transposed some of them
     whole = (
         first.is_contiguous()
-        and all(row.data_ptr() == start + step * place and row.shape == first.shape for place, row in enumerate(rows))
+        and all(
+            row.data_ptr() == start + step * place and (row.shape, row.stride(), row.dtype) == kind
+            for place, row in enumerate(rows)
+        )
         and first.storage_offset() * first.element_size() + step * count <= first.untyped_storage().nbytes()
     )
     if whole:

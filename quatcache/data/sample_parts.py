@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from quatcache.errors import SampleError, SlotValueError, shorten
+from quatcache.store.slot_layout import SLOT_DTYPES
 from quatcache.store.slot_values import as_tensor
 
-__all__ = ["Part", "SampleParts"]
+__all__ = ["Part", "SampleParts", "own_copy"]
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,36 @@ class Part:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        is_tensor: Whether the dataset gives a tensor.
-        is_array: Whether it gives an array, or a number of numpy; what is neither is a number of Python.
+        kind: Its type.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    is_tensor: bool
-    is_array: bool
+    kind: type
 
     @classmethod
     def of(cls, value: Any) -> Part:
         """Look at a part.
 
         Raises:
-            SlotValueError: It is neither a tensor nor an array nor a number.
+            SlotValueError: It is neither a tensor nor an array nor a number, or of a kind that no slot can have.
         """
         tensor = as_tensor(value)
-        is_array = isinstance(value, (np.ndarray, np.generic))
-        return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, torch.Tensor), is_array)
+        if tensor.dtype not in SLOT_DTYPES.values() or not tensor.numel():
+            raise SlotValueError(f"{shorten(value)} is {tuple(tensor.shape)} {tensor.dtype}, which no slot can have.")
+        if isinstance(value, torch.Tensor) and getattr(value, "__dict__", None):
+            raise SlotValueError(f"a {type(value).__name__} is more than its numbers: it has {', '.join(vars(value))}.")
+        return cls(tuple(tensor.shape), tensor.dtype, type(value))
 
     def given(self, values: torch.Tensor) -> Sequence[Any]:
         """Take values ``(n, *shape)`` apart into what the dataset would give."""
-        if self.is_tensor:
-            return values.unbind()
-        return list(values.numpy()) if self.is_array else values.tolist()
+        if issubclass(self.kind, torch.Tensor):
+            rows = values.unbind()
+            return rows if self.kind is torch.Tensor else [row.as_subclass(self.kind) for row in rows]
+        if issubclass(self.kind, (np.ndarray, np.generic)):
+            return list(values.numpy())
+        numbers = values.tolist()
+        return numbers if self.kind in (bool, int, float) else list(map(self.kind, numbers))
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class SampleParts:
     """How the samples of a dataset are made of parts.
 
     Attributes:
-        container: The type of a tuple or list, the keys of a mapping, or None where the sample is the item itself.
+        container: The type of a tuple, list or mapping; None where the sample is the item itself.
+        keys: Those of a mapping.
         item: Which part is the item.
         parts: All of them.
 
@@ -65,6 +72,7 @@ class SampleParts:
     """
 
     container: Any
+    keys: tuple[Any, ...] | None
     item: int
     parts: tuple[Part, ...]
 
@@ -73,15 +81,13 @@ class SampleParts:
         """Find the item, which is the first part of some shape and dtype.
 
         Raises:
-            SampleError: No part is, or another part cannot be cached.
+            SampleError: No part is, or another part cannot be cached, or its container cannot be made anew.
         """
-        container: Any = None
-        if isinstance(sample, Mapping):
-            container = tuple(sample)
-        elif isinstance(sample, (tuple, list)):
-            container = type(sample)
+        keys = tuple(sample) if isinstance(sample, Mapping) else None
+        container = type(sample) if isinstance(sample, (tuple, list, Mapping)) else None
+        given = _values(sample, container, keys)
         try:
-            parts = tuple(map(Part.of, _values(sample, container)))
+            parts = tuple(map(Part.of, given))
         except SlotValueError as error:
             raise SampleError(
                 f"a part of a sample has no place in a slot: {error} Leave it out, or have the dataset itself call "
@@ -91,7 +97,15 @@ class SampleParts:
         if item is None:
             found = ", ".join(f"{part.shape} {part.dtype}" for part in parts)
             raise SampleError(f"a sample has {found or 'no part'}, the cache takes {shape} {dtype}; make it for one.")
-        return cls(container, item, parts)
+        made = cls(container, keys, item, parts)
+        try:
+            made.together([[value] for value in given])
+        except Exception as error:
+            raise SampleError(
+                f"a {type(sample).__name__} cannot be made of its parts ({error}); have the dataset return a tuple, a "
+                "list or a dict."
+            ) from error
+        return made
 
     def apart(self, sample: Any) -> Sequence[Any]:
         """Take a sample apart.
@@ -99,10 +113,10 @@ class SampleParts:
         Raises:
             SampleError: It is not made like the first one.
         """
-        container = self.container
-        keyed = isinstance(container, tuple)
-        same = isinstance(sample, Mapping) and set(sample) == set(container) if keyed else type(sample) is container
-        values = _values(sample, container) if same or container is None else ()
+        same = self.container is None or type(sample) is self.container
+        if same and self.keys is not None:
+            same = set(sample) == set(self.keys)
+        values = _values(sample, self.container, self.keys) if same else ()
         if len(values) != len(self.parts):
             raise SampleError(f"{shorten(sample)} is not made like the first sample, of {len(self.parts)} parts.")
         return values
@@ -113,11 +127,12 @@ class SampleParts:
         if container is None:
             return list(columns[0])
         rows = zip(*columns, strict=True)
-        if isinstance(container, tuple):
-            return [dict(zip(container, row, strict=True)) for row in rows]
-        if hasattr(container, "_fields"):
-            return [container(*row) for row in rows]
-        return [container(row) for row in rows]
+        if container is tuple:
+            return list(rows)
+        if self.keys is not None:
+            made = [dict(zip(self.keys, row, strict=True)) for row in rows]
+            return made if container is dict else list(map(container, made))
+        return list(map(getattr(container, "_make", container), rows))  # of a named tuple
 
     def with_item(self, samples: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
         """Change the items of samples."""
@@ -126,7 +141,12 @@ class SampleParts:
         return self.together(columns)
 
 
-def _values(sample: Any, container: Any) -> Sequence[Any]:
+def own_copy(part: Any) -> Any:
+    """Copy a tensor or an array; a number is given as it is."""
+    return part.clone() if isinstance(part, torch.Tensor) else part.copy() if isinstance(part, np.ndarray) else part
+
+
+def _values(sample: Any, container: Any, keys: tuple[Any, ...] | None) -> Sequence[Any]:
     if container is None:
         return (sample,)
-    return tuple(sample[key] for key in container) if isinstance(container, tuple) else tuple(sample)
+    return tuple(sample) if keys is None else tuple(sample[key] for key in keys)

@@ -23,7 +23,8 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from quatcache.errors import StoreError
-from quatcache.store.segment_files import is_at, opened, own_files, reserve, segment_path
+from quatcache.store import segment_files
+from quatcache.store.segment_files import is_at, locks_path, opened, own_files, remove, reserve, segment_path
 from quatcache.units import readable_size
 
 if sys.platform != "win32":
@@ -46,10 +47,12 @@ class Segment(mmap.mmap):
     Attributes:
         path: Its file.
         descriptor: The open file.
+        locks: The open file whose bytes stand for those of the segment in locks: mostly the same.
     """
 
     path: Path
     descriptor: int
+    locks: int
     _threads: threading.Lock
     _order: threading.Lock
 
@@ -69,7 +72,7 @@ class Segment(mmap.mmap):
             try:
                 while True:
                     try:
-                        fcntl.lockf(self.descriptor, fcntl.LOCK_EX, count, start)
+                        fcntl.lockf(self.locks, fcntl.LOCK_EX, count, start)
                         break
                     except OSError as error:
                         # Of processes that wait for each other in several threads the kernel suspects a deadlock.
@@ -77,12 +80,12 @@ class Segment(mmap.mmap):
                             raise
                 yield
             finally:
-                fcntl.lockf(self.descriptor, fcntl.LOCK_UN, count, start)
+                fcntl.lockf(self.locks, fcntl.LOCK_UN, count, start)
 
     def claim(self, place: int) -> bool:
         """Take a byte for as long as this process lives, unless another process has it."""
         try:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except OSError:
             return False
         return True
@@ -93,9 +96,10 @@ class Segment(mmap.mmap):
         A lock that is given up orders what came before it, one that is taken what comes after. On x86 stores are seen
         in their order anyway; processors of ARM need to be told.
         """
-        for _ in range(2):
-            with self._order:
-                pass
+        with self._order:
+            pass
+        with self._order:
+            pass
 
 
 _OPENING = threading.Lock()
@@ -182,7 +186,7 @@ def remove_leftovers() -> list[str]:
             try:
                 if _alone(descriptor) and is_at(path, descriptor):
                     size = readable_size(os.fstat(descriptor).st_size)
-                    path.unlink()
+                    remove(path)
                     removed.append(path.name)
                     logger.info("removed %s of shared memory that a process left when it was killed: %s", size, path)
             finally:
@@ -235,18 +239,20 @@ def _mapped(path: Path, descriptor: int) -> Segment | None:
 
 def _adopted(segment: Segment, path: Path, descriptor: int, *, owner: bool) -> Segment:
     segment.path, segment.descriptor = path, descriptor
+    segment.locks = opened(locks_path(path), make=True) if segment_files.LOCKS_APART else descriptor
     # Of multiprocessing, because its children end without running atexit, where weakref.finalize would be called.
-    Finalize(segment, _leave, args=(path, descriptor, owner), exitpriority=-1)
+    Finalize(segment, _leave, args=(path, descriptor, segment.locks, owner), exitpriority=-1)
     _ATTACHED[str(path)] = segment
     return segment
 
 
-def _leave(path: Path, descriptor: int, owner: bool) -> None:
+def _leave(path: Path, descriptor: int, locks: int, owner: bool) -> None:
     """Remove the name: with the process that made it, or with the last one that has it."""
     with suppress(OSError):
         if (owner or _alone(descriptor)) and is_at(path, descriptor):
-            path.unlink()
-    os.close(descriptor)
+            remove(path)
+    for file in {descriptor, locks}:
+        os.close(file)
 
 
 def _gone(path: Path) -> StoreError:

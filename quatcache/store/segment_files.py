@@ -13,11 +13,14 @@ from quatcache.errors import ConfigError, StoreError
 from quatcache.units import readable_size
 
 __all__ = [
+    "LOCKS_APART",
     "free_bytes",
     "get_shm_size",
     "is_at",
+    "locks_path",
     "opened",
     "own_files",
+    "remove",
     "reserve",
     "segment_path",
     "shared_directory",
@@ -25,6 +28,9 @@ __all__ = [
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")  # a name must not become a path
 _RESERVED_AT_ONCE = 1 << 30  # a signal has the kernel begin a piece anew
+
+LOCKS_APART = not sys.platform.startswith("linux")
+"""Whether locks on bytes need a file of their own: on macOS and BSD they wait for an ``flock`` of the same process."""
 
 
 def shared_directory() -> Path:
@@ -51,6 +57,18 @@ def segment_path(name: str) -> Path:
             "letter or digit first."
         )
     return shared_directory() / f"{_prefix()}{name}"
+
+
+def locks_path(path: Path) -> Path:
+    """Give the file for the locks on the bytes of a segment, where they need one; no segment is called like it."""
+    return path.with_name(path.name.replace("quatcache-", "quatcache-locks-", 1))
+
+
+def remove(path: Path) -> None:
+    """Remove the name of a segment."""
+    if LOCKS_APART:
+        locks_path(path).unlink(missing_ok=True)
+    path.unlink()
 
 
 def own_files() -> list[Path]:

@@ -21,14 +21,15 @@ import numpy.typing as npt
 import torch
 from typing_extensions import Self
 
-from quatcache.errors import ConfigError, SlotIndexError, SlotStateError, shorten
+from quatcache.errors import ConfigError, SlotIndexError, SlotStateError
 from quatcache.store.protocol import Found
 from quatcache.store.safetensors_writer import tensor_bytes
 from quatcache.store.segment import attach_segment, open_segment
 from quatcache.store.segment_files import get_shm_size
 from quatcache.store.slot_files import load_slots, save_slots
-from quatcache.store.slot_values import as_item, as_items, planned_slots
-from quatcache.store.slots import NO_SLOT, SET, Indices, Slots, SlotSpec, SlotStats
+from quatcache.store.slot_layout import NO_SLOT, SET, Indices, SlotSpec, SlotStats
+from quatcache.store.slot_values import as_index, as_indices, as_item, as_items, planned_slots
+from quatcache.store.slots import Slots
 from quatcache.units import readable_size
 
 __all__ = ["SharedCache", "SlotStats", "get_shm_size"]
@@ -184,11 +185,12 @@ class SharedCache:
             SlotIndexError: The index is not in the dataset, or has no slot where it had to.
             SlotStateError: The slot is empty where it had to be set.
         """
-        state = self._state(idx)
+        index = as_index(idx, self._samples)
+        state = self._state_of[index]
         tally = self._slots.tally or self._slots.claim_tally()
         if state == SET:
             tally[0] += 1
-            return self._array[idx if self._row_of is None else self._row_of[idx]]
+            return self._array[index if self._row_of is None else self._row_of[index]]
         tally[1] += 1
         if state == NO_SLOT and not allow_oob_idx:
             raise self._without_slot(idx)
@@ -212,7 +214,8 @@ class SharedCache:
             SlotStateError: The slot is set where it had to be empty.
             SlotValueError: The value has another shape or dtype.
         """
-        state = self._state(idx)
+        index = as_index(idx, self._samples)
+        state = self._state_of[index]
         item = as_item(value, self._slots.spec)
         if state == NO_SLOT:
             if not allow_oob_idx:
@@ -220,7 +223,7 @@ class SharedCache:
             return
         if state == SET and allow_overwrite is None:
             return
-        if not self._slots.write_one(idx, item, overwrite=bool(allow_overwrite)) and allow_overwrite is False:
+        if not self._slots.write_one(index, item, overwrite=bool(allow_overwrite)) and allow_overwrite is False:
             raise SlotStateError(f"slot {idx} is set; allow_overwrite=True writes it all the same, None keeps it.")
 
     def is_slot_empty(self, idx: int) -> bool:
@@ -229,10 +232,21 @@ class SharedCache:
         Raises:
             SlotIndexError: The index is not in the dataset, or has no slot.
         """
-        state = self._state(idx)
+        state = self._state_of[as_index(idx, self._samples)]
         if state == NO_SLOT:
             raise self._without_slot(idx)
         return state != SET
+
+    def copy_slot(self, idx: int) -> torch.Tensor | None:
+        """Copy the item of a sample: what :meth:`get_slots` does for one.
+
+        Returns:
+            The item, or None; also None if it is being written over.
+
+        Raises:
+            SlotIndexError: The index is not in the dataset.
+        """
+        return self._slots.read_one(as_index(idx, self._samples))
 
     def get_slots(self, indices: Sequence[int] | torch.Tensor | Indices, *, shared: bool = False) -> Found:
         """Copy many items in one go.
@@ -248,7 +262,7 @@ class SharedCache:
         Raises:
             SlotIndexError: An index is not in the dataset.
         """
-        return self._slots.read(self._checked(indices), shared=shared)
+        return self._slots.read(as_indices(indices, self._samples), shared=shared)
 
     def set_slots(
         self,
@@ -266,7 +280,7 @@ class SharedCache:
             allow_oob_idx: As for :meth:`set_slot`, and so are the rest and the errors; after one nothing is written.
             allow_overwrite: As for :meth:`set_slot`.
         """
-        wanted = self._checked(indices)
+        wanted = as_indices(indices, self._samples)
         items = as_items(values, len(wanted), self._slots.spec)
         states = self._slots.states[wanted]
         if not allow_oob_idx and (states == NO_SLOT).any():
@@ -318,26 +332,7 @@ class SharedCache:
         """
         return load_slots(Path(path), self._slots)
 
-    def _state(self, idx: int) -> int:
-        if 0 <= idx < self._samples:
-            return self._state_of[idx]
-        raise _outside(idx, self._samples)
-
-    def _checked(self, indices: Any) -> Indices:
-        given = indices.cpu().numpy() if isinstance(indices, torch.Tensor) else np.asarray(indices)
-        if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
-            raise SlotIndexError(f"{shorten(indices)} is no list of indices; give integers, or a tensor or array (N,).")
-        wanted = given.astype(np.int64, copy=False)
-        outside = (wanted < 0) | (wanted >= self._samples)
-        if outside.any():
-            raise _outside(int(wanted[outside][0]), self._samples)
-        return wanted
-
     def _without_slot(self, idx: int) -> SlotIndexError:
         return SlotIndexError(
             f"sample {idx} has no slot: {len(self)} of {self._samples} have one; give more size_limit_gib, or allow it."
         )
-
-
-def _outside(idx: Any, samples: int) -> SlotIndexError:
-    return SlotIndexError(f"index {idx} is outside the dataset of {samples} samples; give one from 0 to {samples - 1}.")

@@ -24,7 +24,8 @@ from quatcache.store.safetensors_writer import (
     header_of,
     tensor_bytes,
 )
-from quatcache.store.slots import SET, Indices, Slots, SlotSpec
+from quatcache.store.slot_layout import SET, Indices, SlotSpec
+from quatcache.store.slots import Slots
 from quatcache.store.unfinished import UnfinishedFile
 
 __all__ = ["load_slots", "save_slots", "stored_slots"]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from quatcache.errors import ConfigError, SlotValueError, shorten
-from quatcache.store.slots import SLOT_DTYPES, SlotSpec
+from quatcache.errors import ConfigError, SlotIndexError, SlotValueError, shorten
+from quatcache.store.slot_layout import SLOT_DTYPES, Indices, SlotSpec
 
-__all__ = ["as_item", "as_items", "as_tensor", "planned_slots", "slot_dtype"]
+__all__ = ["as_index", "as_indices", "as_item", "as_items", "as_tensor", "planned_slots", "slot_dtype"]
 
 _GIB = 1 << 30
 _BITS = {"8-bit": torch.uint8, "16-bit": torch.uint16, "32-bit": torch.uint32, "64-bit": torch.uint64}
@@ -53,7 +54,7 @@ def planned_slots(
     dims = tuple(data_dims) if isinstance(data_dims, Sequence) else (0,)
     if not all(_is_integer(size, 1) for size in dims):
         raise ConfigError(f"data_dims is {data_dims!r}; give the shape of one item, such as (3, 224, 224).")
-    if not 0 < size_limit_gib < math.inf:
+    if not isinstance(size_limit_gib, (int, float, np.number)) or not 0 < size_limit_gib * _GIB < math.inf:
         raise ConfigError(f"size_limit_gib is {size_limit_gib!r}; give a number of GiB above 0.")
     if seed is not None and not _is_integer(seed, 0):
         raise ConfigError(f"seed is {seed!r}; give an integer from 0 on, or None for the first samples.")
@@ -72,6 +73,45 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, (int, np.integer)) and int(value) >= least
 
 
+def as_index(idx: Any, samples: int) -> int:
+    """Give the index of one of so many samples as a number of Python: torch takes True, and uint8, for a mask.
+
+    Raises:
+        SlotIndexError: It is no integer, or outside the dataset.
+    """
+    try:
+        index = operator.index(idx)
+    except TypeError:
+        raise SlotIndexError(f"{shorten(idx)} is no index; give an integer, or many of them to get_slots.") from None
+    if 0 <= index < samples:
+        return index
+    raise _outside(index, samples)
+
+
+def as_indices(indices: Any, samples: int) -> Indices:
+    """Give the indices of some of so many samples.
+
+    Raises:
+        SlotIndexError: They are no list of integers, or one is outside the dataset.
+    """
+    try:
+        given = indices.cpu().numpy() if isinstance(indices, torch.Tensor) else np.asarray(indices)
+    except ValueError:  # lists of different lengths
+        given = np.empty(())
+    if given.ndim != 1 or (given.dtype.kind not in "iu" and given.size):
+        raise SlotIndexError(f"{shorten(indices)} is no list of indices; give integers, or a tensor or array (N,).")
+    outside = (given < 0) | (given >= samples)
+    if outside.any():
+        raise _outside(int(given[outside][0]), samples)
+    return given.astype(np.int64, copy=False)
+
+
+def _outside(index: int, samples: int) -> SlotIndexError:
+    return SlotIndexError(
+        f"index {index} is outside the dataset of {samples} samples; give one from 0 to {samples - 1}."
+    )
+
+
 def as_tensor(value: Any) -> torch.Tensor:
     """Give a tensor on the CPU for a tensor, an array or a number; memory is shared where that is possible.
 
@@ -79,15 +119,17 @@ def as_tensor(value: Any) -> torch.Tensor:
         SlotValueError: It is something else.
     """
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu() if value.requires_grad else value.cpu()
+        if value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise SlotValueError(f"a tensor that is sparse, nested or meta has no place in a slot: {shorten(value)}.")
+        return value if value.is_cpu and not value.requires_grad else value.detach().cpu()
     if isinstance(value, np.ndarray) and (not value.flags.writeable or any(step < 0 for step in value.strides)):
         value = value.copy()  # torch warns of memory that it may not write, and knows no negative strides
     if isinstance(value, float) and not isinstance(value, np.generic):
         return torch.tensor(value, dtype=torch.float64)  # as a loader collates it
-    if isinstance(value, (bool, int, np.ndarray, np.generic)):
+    if isinstance(value, (bool, int, np.ndarray, np.generic)) and not isinstance(value, np.ma.MaskedArray):
         try:
             return torch.as_tensor(value)
-        except (TypeError, RuntimeError, OverflowError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise SlotValueError(f"{shorten(value)} cannot be a tensor ({error}).") from error
     raise SlotValueError(f"{shorten(value)} is a {type(value).__name__}; give a tensor, an array, or a number.")
 
@@ -110,9 +152,13 @@ def as_items(values: Any, count: int, spec: SlotSpec) -> torch.Tensor:
 def _number(value: float, dtype: torch.dtype) -> torch.Tensor:
     try:
         number = torch.tensor(value, dtype=dtype)
-    except (RuntimeError, OverflowError):  # more than the dtype holds
+    except (ValueError, RuntimeError, OverflowError):  # more than the dtype holds, or any
         number = None
-    if number is None or not (dtype.is_floating_point or number.item() == value):
+    if number is not None and dtype.is_floating_point and isinstance(value, float):
+        held = bool(number.isfinite()) or not math.isfinite(value)  # rounded, but to no infinity
+    else:
+        held = number is not None and number.item() == value
+    if number is None or not held:
         raise SlotValueError(f"{value!r} is no {_name(dtype)}, which is what the cache holds; convert it.")
     return number
 

@@ -1,22 +1,19 @@
-"""What lies in the shared memory of a slot cache, and how processes write and read it at the same time.
+"""Slots in shared memory: how processes write and read them at the same time.
 
 A slot is written under a lock of the operating system on one byte of the file, which a process that is killed gives up.
 Its state says that it is set only once the data are there. So whoever dies in the middle leaves an empty slot, whatever
 its bytes are.
 
 A slot that is set is not written again, and a view of it stays as it is, unless somebody asks for that or clears the
-cache. Then first its state goes back to empty, then its version goes up, and only then its data may change. Whoever
-copied meanwhile looks at the version before and after, sees that it is another one, and has found nothing.
+cache. Then first its state goes back to empty, and it is set again only when its data are there and its version has
+gone up. Whoever copied meanwhile looks at the state once more and at the version behind it, sees that the slot is empty
+or the version another one, and has found nothing. That holds wherever a writer is killed.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -27,116 +24,22 @@ from quatcache.store.protocol import Found
 from quatcache.store.safetensors_writer import tensor_bytes
 from quatcache.store.segment import MAGIC, Segment
 from quatcache.store.slot_copies import copied_rows
+from quatcache.store.slot_layout import (
+    EMPTY,
+    NO_SLOT,
+    PAGE,
+    SET,
+    TALLIES,
+    TALLY_BYTES,
+    Indices,
+    SlotLayout,
+    SlotSpec,
+    SlotStats,
+)
 
-__all__ = ["EMPTY", "NO_SLOT", "SET", "SLOT_DTYPES", "Indices", "SlotSpec", "SlotStats", "Slots"]
+__all__ = ["Slots"]
 
-EMPTY, SET, NO_SLOT = 0, 1, 2
-"""States of a sample, as stocaching numbers them."""
-
-SLOT_DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
-        torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
-    )
-}  # fmt: skip
-"""Dtypes by name. A name from a segment or a file is looked up here and never evaluated."""
-
-Indices = npt.NDArray[np.int64]
-"""Indices of samples: shape ``(n,)``, int64."""
-
-_PAGE, _LINE = 4096, 64
-_TALLIES, _TALLY_BYTES, _TALLY_LOCKS = 256, 16, 1 << 60
-
-
-@dataclass(frozen=True)
-class SlotSpec:
-    """What is cached.
-
-    Attributes:
-        samples: Samples of the dataset.
-        slots: How many of them have a slot, > 0.
-        dims: Shape of one item.
-        dtype: Its dtype.
-        seed: Chooses which samples have a slot; None: the first ones, or all.
-    """
-
-    samples: int
-    slots: int
-    dims: tuple[int, ...]
-    dtype: torch.dtype
-    seed: int | None = None
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one item."""
-        return math.prod(self.dims) * self.dtype.itemsize
-
-    @property
-    def spread(self) -> bool:
-        """Whether the row of a sample has to be looked up."""
-        return self.seed is not None
-
-    def as_json(self) -> bytes:
-        """Write it."""
-        fields = {"samples": self.samples, "slots": self.slots, "dims": self.dims, "seed": self.seed}
-        return json.dumps({**fields, "dtype": str(self.dtype).removeprefix("torch.")}).encode()
-
-    @classmethod
-    def from_json(cls, content: bytes) -> SlotSpec:
-        """Read what ``as_json`` wrote."""
-        fields = json.loads(content)
-        fields["dims"], fields["dtype"] = tuple(fields["dims"]), SLOT_DTYPES[fields["dtype"]]
-        return cls(**fields)
-
-    def __str__(self) -> str:
-        """Describe it in a message."""
-        spread = f" chosen by seed {self.seed}" if self.spread else ""
-        return f"{self.slots} of {self.samples} samples{spread}, {self.dims} {str(self.dtype).removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class SlotStats:
-    """What a shared cache holds, and how it was used.
-
-    Attributes:
-        samples: Samples of the dataset.
-        slots: Those of them that have a slot.
-        present: Slots that are set.
-        hits: Reads that found their slot set, in all processes so far.
-        misses: Reads that did not, of samples without a slot too.
-        bytes: Shared memory that is taken.
-    """
-
-    samples: int
-    slots: int
-    present: int
-    hits: int
-    misses: int
-    bytes: int
-
-
-class _Layout(NamedTuple):
-    """Where in a segment everything begins; a page for the description and one for the tallies come first."""
-
-    states: int
-    versions: int
-    rows: int
-    data: int
-    size: int
-
-    @classmethod
-    def of(cls, spec: SlotSpec) -> _Layout:
-        states = _PAGE + _TALLIES * _TALLY_BYTES
-        versions = _aligned(states + spec.samples, _LINE)
-        rows = _aligned(versions + 4 * spec.samples, _LINE)
-        data = _aligned(rows + (8 * spec.samples if spec.spread else 0), _PAGE)
-        return cls(states, versions, rows, data, data + spec.slots * spec.item_bytes)
-
-
-def _aligned(place: int, size: int) -> int:
-    return -(-place // size) * size
-
+_TALLY_LOCKS = 1 << 60
 
 _LIVE: WeakSet[Slots] = WeakSet()
 
@@ -160,6 +63,8 @@ class Slots:
         array: The data ``(slots, *dims)``.
         states: For each sample ``EMPTY``, ``SET`` or ``NO_SLOT``, uint8.
         state_of: The same; a single one is read faster.
+        versions: For each sample how often its slot was written, uint32.
+        version_of: The same; a single one is read faster.
         row_of: For each sample the row of ``array``, if it is not its index.
         tally: The hits and misses that this process counts, once it does.
     """
@@ -169,10 +74,11 @@ class Slots:
         self.segment = segment
         length = int.from_bytes(segment[len(MAGIC) : len(MAGIC) + 4], "little")
         self.spec = spec = SlotSpec.from_json(segment[len(MAGIC) + 4 : len(MAGIC) + 4 + length])
-        layout = _Layout.of(spec)
+        layout = SlotLayout.of(spec)
         self.states = np.frombuffer(segment, np.uint8, spec.samples, layout.states)
         self.state_of = memoryview(self.states)  # type: ignore[arg-type]
-        self._versions = np.frombuffer(segment, np.uint32, spec.samples, layout.versions)
+        self.versions = np.frombuffer(segment, np.uint32, spec.samples, layout.versions)
+        self.version_of = memoryview(self.versions)  # type: ignore[arg-type]
         self._rows = np.frombuffer(segment, np.int64, spec.samples, layout.rows) if spec.spread else None
         self.row_of = None if self._rows is None else memoryview(self._rows)  # type: ignore[arg-type]
         raw = np.frombuffer(segment, np.uint8, spec.slots * spec.item_bytes, layout.data)
@@ -186,12 +92,12 @@ class Slots:
     @staticmethod
     def size(spec: SlotSpec) -> int:
         """Give the bytes of the segment."""
-        return _Layout.of(spec).size
+        return SlotLayout.of(spec).size
 
     @staticmethod
     def initialise(spec: SlotSpec, segment: Segment) -> None:
         """Write the description, and which samples have a slot."""
-        description, layout = spec.as_json(), _Layout.of(spec)
+        description, layout = spec.as_json(), SlotLayout.of(spec)
         head = len(description).to_bytes(4, "little") + description
         segment[len(MAGIC) : len(MAGIC) + len(head)] = head
         states = np.frombuffer(segment, np.uint8, spec.samples, layout.states)
@@ -220,20 +126,38 @@ class Slots:
             indices: Of samples.
             shared: Put the copy into shared memory.
         """
-        before = self._versions[indices]
+        before = self.versions[indices]
         self.segment.order()
         positions = np.flatnonzero(self.states[indices] == SET)
         found = indices[positions]
         words = copied_rows(self._words, self.rows_of(found), shared=shared)
         values = words.view(-1).view(self.spec.dtype).view(len(found), *self.spec.dims)
         self.segment.order()
-        same = self._versions[found] == before[positions]
+        same = self.states[found] == SET
+        self.segment.order()
+        same &= self.versions[found] == before[positions]
         if not same.all():  # they were cleared, or written over, while they were copied
             positions, values = positions[same], values[torch.from_numpy(same)]
         tally = self.tally or self.claim_tally()
         tally[0] += len(positions)
         tally[1] += len(indices) - len(positions)
         return Found(positions, values)
+
+    def read_one(self, index: int) -> torch.Tensor | None:
+        """Copy the item of a sample, if its slot is set."""
+        item = None
+        before = self.version_of[index]
+        self.segment.order()
+        if self.state_of[index] == SET:
+            item = self.array[index if self.row_of is None else self.row_of[index]].clone()
+            self.segment.order()
+            state = self.state_of[index]
+            self.segment.order()
+            if state != SET or self.version_of[index] != before:
+                item = None
+        tally = self.tally or self.claim_tally()
+        tally[item is None] += 1
+        return item
 
     # writing
 
@@ -255,6 +179,7 @@ class Slots:
                     return True
                 self._withdraw(np.array([index]))
             slot.copy_(item)
+            self.version_of[index] = (self.version_of[index] + 1) % (1 << 32)
             self.segment.order()
             self.state_of[index] = SET
         return True
@@ -281,6 +206,7 @@ class Slots:
             else:
                 indices = indices[fresh]
                 self._raw[rows[fresh]] = source[fresh]
+            self.versions[indices] += 1
             self.segment.order()
             self.states[indices] = SET
 
@@ -298,6 +224,7 @@ class Slots:
             for indices, source in parts:
                 empty = self.states[indices] == EMPTY
                 self._raw[self.rows_of(indices[empty])] = source[empty]
+                self.versions[indices[empty]] += 1
                 written.append(indices[empty])
             self.segment.order()
             for indices in written:
@@ -313,8 +240,6 @@ class Slots:
         """Empty slots whose data may change then."""
         self.states[indices] = EMPTY
         self.segment.order()
-        self._versions[indices] += 1
-        self.segment.order()
 
     # counting
 
@@ -324,11 +249,11 @@ class Slots:
         The place of a process that has ended is taken, with what it had counted.
         """
         tallies = self._tallies()
-        for place in range(_TALLIES):
+        for place in range(TALLIES):
             if self.segment.claim(_TALLY_LOCKS + place):
                 break
         else:
-            tallies, place = memoryview(bytearray(_TALLY_BYTES)).cast("Q"), 0  # nobody will hear of it
+            tallies, place = memoryview(bytearray(TALLY_BYTES)).cast("Q"), 0  # nobody will hear of it
         self.tally = tally = tallies[2 * place : 2 * place + 2]
         return tally
 
@@ -339,4 +264,4 @@ class Slots:
         return SlotStats(spec.samples, spec.slots, present, sum(tallies[::2]), sum(tallies[1::2]), len(self.segment))
 
     def _tallies(self) -> memoryview[int]:
-        return memoryview(self.segment)[_PAGE : _PAGE + _TALLIES * _TALLY_BYTES].cast("Q")
+        return memoryview(self.segment)[PAGE : PAGE + TALLIES * TALLY_BYTES].cast("Q")

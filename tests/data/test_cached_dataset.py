@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
+from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,11 @@ METHODS = [method for method in ("fork", "spawn") if method in multiprocessing.g
 SHAPE = (3, 4, 4)
 COUNT = 40
 Pair = namedtuple("Pair", ["image", "label"])
+Side = IntEnum("Side", ["LEFT", "RIGHT"])
+
+
+class Picture(torch.Tensor):
+    """A tensor that transforms tell from others by its type, as those of torchvision."""
 
 
 def image(index):
@@ -41,6 +48,9 @@ KINDS = {
     "named tuple": lambda index: Pair(image(index), index),
     "mapping": lambda index: {"id": index, "image": image(index), "mask": torch.full((2, 2), index / 4)},
     "array": lambda index: (image(index).numpy(), np.float32(index), np.full(2, index, np.int16)),
+    "ordered mapping": lambda index: OrderedDict(image=image(index), label=index),
+    "enumeration": lambda index: (image(index), Side(1 + index % 2)),
+    "tensor of a kind": lambda index: (image(index).as_subclass(Picture), torch.ones(2).as_subclass(Picture)),
     "tensor label": lambda index: (image(index), torch.tensor(index), torch.tensor([index, -index])),
 }
 
@@ -70,11 +80,17 @@ def wrapped(dataset, *, share=1.0, seed=None, **options):
 def same(found, expected):
     """Compare samples and their types."""
     if isinstance(expected, dict):
-        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
+        alike = type(found) is type(expected) and list(found) == list(expected)
+        return alike and all(same(found[key], expected[key]) for key in expected)
     if isinstance(expected, (tuple, list)):
         return type(found) is type(expected) and all(map(same, found, expected)) and len(found) == len(expected)
     if isinstance(expected, torch.Tensor):
-        return isinstance(found, torch.Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        return (
+            isinstance(found, torch.Tensor)
+            and isinstance(found, Picture) == isinstance(expected, Picture)
+            and found.dtype == expected.dtype
+            and torch.equal(found, expected)
+        )
     if isinstance(expected, (np.ndarray, np.generic)):
         return type(found) is type(expected) and found.dtype == expected.dtype and np.array_equal(found, expected)
     return type(found) is type(expected) and found == expected
@@ -157,6 +173,13 @@ def test_dataset_that_reads_batches_is_asked_for_the_misses_of_a_batch_at_once()
     assert asked == [[2], [1, 3]]
 
 
+def test_sample_that_is_read_alone_is_counted_once():
+    cached = wrapped(Counted("tuple"))
+    cached[3], cached[3], cached[4]
+    stats = cached.cache.stats()
+    assert (stats.hits, stats.misses, stats.present) == (1, 2, 2)
+
+
 def test_zeros_are_cached():
     dataset = Counted("tuple")
     cached = wrapped(dataset)
@@ -190,8 +213,31 @@ def test_rows_in_another_order_or_of_other_batches_are_collated_as_ever():
         default_collate([rows[0], torch.zeros(2, dtype=torch.int64)])
 
 
+def test_rows_that_somebody_viewed_otherwise_are_collated_as_they_are_now():
+    """A random transposition behind the cache leaves a square image where it is in memory."""
+    plain = torch.arange(8.0).reshape(2, 2, 2)
+    for change in (torch.t, lambda row: row.view(torch.int32), lambda row: row[:1], lambda row: row.reshape(4)):
+        rows = cached_rows.rows_of(plain.clone())
+        try:
+            expected = torch.stack([plain[0], change(plain[1])])
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                default_collate([rows[0], change(rows[1])])
+        else:
+            found = default_collate([rows[0], change(rows[1])])
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_rows_of_neighbouring_memory_that_is_not_one_are_copied_together():
+    memory = np.arange(6.0)
+    rows = [*cached_rows.rows_of(torch.from_numpy(memory[:3])[None]), torch.from_numpy(memory[3:])]
+    assert default_collate(rows).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_rows_are_tensors_like_others():
-    row = cached_rows.rows_of(torch.arange(6.0).reshape(2, 3))[1]
+    assert cached_rows.rows_of(torch.zeros(0, 3)) == []
+    row, other = cached_rows.rows_of(torch.arange(3.0, 9.0).reshape(2, 3))
+    assert type(other) is torch.Tensor
     assert isinstance(row, torch.Tensor)
     for made in (row + 1, row.double(), row[0], torch.stack([row, row]), row.clone()):
         assert type(made) is torch.Tensor
@@ -250,6 +296,8 @@ def test_transform_sees_each_read_and_never_the_cache(workers):
     assert dataset.reads.tolist() == [1] * COUNT
     assert torch.equal(cached.cache[9], image(9))
     assert cached[9][0].unique().tolist() == [109]
+    cached.transform = type  # one that is set later sees what a first one sees
+    assert {sample[0] for sample in cached.__getitems__([1, 2])} == {cached[1][0]} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,6 +308,25 @@ def test_transform_changes_the_item_alone(kind):
         parts = found.values() if isinstance(found, dict) else [found] if kind == "tensor" else found
         assert sum(isinstance(part, str) for part in parts) == 1
     assert cached.__getitems__([]) == []
+
+
+def test_transform_that_changes_in_place_hurts_neither_the_dataset_nor_the_same_sample_in_a_batch():
+    images = [image(index) for index in range(COUNT)]
+    size = (COUNT + 20 * image(0).numel()) / (1 << 30)
+    cached = CachedDataset(images, SharedCache(size, COUNT, SHAPE), transform=lambda pixels: pixels.add_(100))
+    for _ in range(2):
+        for chosen in ([3, 3, 30, 30], [3, 4, 30]):  # 30 has no slot
+            assert [int(pixels[0, 0, 0]) - 100 for pixels in cached.__getitems__(chosen)] == chosen
+        assert int(cached[31][0, 0, 0]) == 131
+    assert all(torch.equal(kept, image(index)) for index, kept in enumerate(images))
+    arrays = CachedDataset([kept.numpy() for kept in images], SharedCache(1, COUNT, SHAPE), transform=halve)
+    assert [int(pixels[0, 0, 0]) for pixels in arrays.__getitems__([8, 8])] == [4, 4]
+    assert int(images[8][0, 0, 0]) == 8
+
+
+def halve(pixels):
+    pixels //= 2
+    return pixels
 
 
 # warm starts
@@ -289,9 +356,50 @@ def test_dataset_that_was_changed_is_noticed_at_a_warm_start(tmp_path):
     dataset = Counted("tuple")
     second = wrapped(dataset)
     second.dataset = Subset(dataset, list(range(COUNT))[::-1])
-    with pytest.raises(StaleRowsError, match=r"item 0 in .* is not what the dataset gives"):
+    with pytest.raises(StaleRowsError, match=r"sample 0 in .* is not what the dataset gives"):
         second.load(tmp_path)
     assert second.cache.stats().present == 0
+
+
+def test_labels_that_were_changed_are_noticed_at_a_warm_start(tmp_path):
+    labels = list(range(COUNT))
+    dataset = Labelled(labels)
+    first = CachedDataset(dataset, SharedCache(1, COUNT, SHAPE))
+    first.__getitems__(range(10, 21))
+    first.save(tmp_path)
+    labels[20] = 7
+    second = CachedDataset(dataset, SharedCache(1, COUNT, SHAPE))
+    with pytest.raises(StaleRowsError, match=r"sample 20 in .*part1.safetensors is not what the dataset gives"):
+        second.load(tmp_path)
+    assert second[20][1] == 7
+    labels[20] = 20
+    assert CachedDataset(dataset, SharedCache(1, COUNT, SHAPE)).load(tmp_path) == 11
+
+
+def test_items_are_verified_where_a_file_has_fewer_labels(tmp_path):
+    first = wrapped(Counted("tuple"))
+    first.__getitems__([1, 2])
+    first.save(tmp_path)
+    labels = (tmp_path / "part1.safetensors").read_bytes()
+    first.__getitems__([0, 9])
+    first.save(tmp_path)
+    (tmp_path / "part1.safetensors").write_bytes(labels)
+    second = wrapped(Counted("tuple"))
+    assert second.load(tmp_path) == 4
+    assert all(same(second[index], KINDS["tuple"](index)) for index in (0, 1, 2, 9))
+
+
+class Labelled(Dataset):
+    """Images, and labels that somebody may change."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return image(index), self.labels[index]
 
 
 def test_damaged_items_are_computed_again_and_labels_that_are_missing_too(tmp_path):
@@ -329,6 +437,32 @@ def test_items_that_are_cleared_are_computed_again():
     assert dataset.reads[:3].tolist() == [0, 2, 1]
 
 
+def test_labels_of_items_that_were_cleared_are_those_that_are_read_anew():
+    labels = [0] * 5
+    cached = CachedDataset(Labelled(labels), SharedCache(1, 5, SHAPE))
+    cached.__getitems__(range(5))
+    cached.cache.clear()
+    labels[3] = 9
+    assert [cached[3][1], cached[3][1], cached.__getitems__([3])[0][1]] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_sample_whose_parts_are_not_all_there_is_computed(many):
+    dataset = Counted("mapping")
+    cached = wrapped(dataset)
+    read = cached.__getitems__ if many else lambda chosen: [cached[index] for index in chosen]
+    read(range(6))
+    (_, number), (_, mask), _ = cached._store.files(Path())
+    number.clear()
+    number.set_slots([0, 2, 3, 5], torch.tensor([0, 2, 3, 5]))
+    mask.clear()
+    mask.set_slots([2, 4, 5], torch.stack([torch.full((2, 2), index / 4) for index in (2, 4, 5)]))
+    dataset.reads.zero_()
+    for _ in range(2):
+        assert all(same(sample, KINDS["mapping"](index)) for index, sample in enumerate(read(range(6))))
+    assert dataset.reads[:6].tolist() == [1, 1, 0, 1, 1, 0]
+
+
 # what is refused
 
 
@@ -360,6 +494,12 @@ def test_stream_is_refused():
         CachedDataset(Stream(), SharedCache(1, 10, SHAPE))
 
 
+def boxes():
+    found = torch.ones(4).as_subclass(Picture)
+    found.format = "xyxy"
+    return found
+
+
 @pytest.mark.parametrize(
     ("sample", "said"),
     [
@@ -369,6 +509,11 @@ def test_stream_is_refused():
         ((image(0), "name"), "'name' is a str.*get_slot and set_slot"),
         ({"image": image(0), "boxes": [1, 2]}, "is a list"),
         ("text", "is a str"),
+        ((image(0), torch.ones(2, dtype=torch.complex64)), r"\(2,\) torch.complex64, which no slot can have"),
+        ((image(0), np.zeros((0, 4))), r"\(0, 4\) torch.float64, which no slot can have"),
+        ((image(0), 2**70), "cannot be a tensor"),
+        (defaultdict(list, image=image(0)), "a defaultdict cannot be made of its parts .*; have the dataset return"),
+        ((image(0), boxes()), "a Picture is more than its numbers: it has format"),
     ],
 )
 def test_sample_that_cannot_be_cached_is_refused(sample, said):
@@ -396,6 +541,14 @@ def test_sample_that_is_unlike_the_first_is_refused_and_nothing_of_its_batch_sto
         cached.__getitems__([1, 2, 3])
     assert cached.cache.stats().present == 0
     assert same(cached[1], samples[1])
+
+
+@pytest.mark.parametrize("odd", [{"id": 1}, {"id": 1, "image": image(1), "name": 2}, {"id": 1, "picture": image(1)}])
+def test_mapping_of_other_keys_than_the_first_is_refused(odd):
+    cached = CachedDataset([{"id": 0, "image": image(0)}, odd], SharedCache(1, 2, SHAPE))
+    with pytest.raises(SampleError, match="not made like the first sample"):
+        cached[1]
+    assert cached.cache.stats().present == 0
 
 
 def test_error_of_the_dataset_reaches_the_caller_and_nothing_is_stored():

@@ -336,6 +336,54 @@ def test_process_forked_while_a_thread_writes_can_write(name):
     assert cache.get_slot(2).tolist() == [7] * 4
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """Be on a system where locks on bytes wait for a lock on their file, also for that of the same process."""
+    monkeypatch.setattr(segment_files, "LOCKS_APART", True)
+
+
+def test_locks_on_bytes_have_a_file_of_their_own_where_they_would_wait_for_the_lock_on_theirs(name, apart, monkeypatch):
+    from quatcache.store import segment as module
+
+    held, real = set(), module.fcntl.flock
+    monkeypatch.setattr(module.fcntl, "flock", lambda file, how: (held.add(os.fstat(file).st_ino), real(file, how))[1])
+    cache = SharedCache(1, 10, (4,), torch.int64, name=name)
+    real_lock, locked = module.fcntl.lockf, set()
+    monkeypatch.setattr(
+        module.fcntl, "lockf", lambda file, *how: (locked.add(os.fstat(file).st_ino), real_lock(file, *how))[1]
+    )
+    cache.set_slot(1, torch.ones(4, dtype=torch.int64))
+    assert cache.get_slot(1) is not None
+    assert held and locked and not held & locked
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
+def test_locks_of_a_file_of_their_own_exclude_other_processes_and_go_with_the_segment(name, apart):
+    cache = SharedCache(1, 10, (4,), torch.int64, name=name)
+    locks = segment_files.locks_path(segment_path(name))
+    assert cache._segment.claim(5)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    asks = start("fork", slot_workers.claim_by_name, pickle.dumps(cache), 5, answers)
+    assert answers.get(timeout=SECONDS) == [False, True]
+    assert ended(asks) == 0
+    assert locks.exists() and locks not in own_files()
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir())) if files.is_dir() else None
+    del cache
+    assert not locks.exists() and not segment_path(name).exists()
+    if before is not None:
+        assert len(list(files.iterdir())) == before - 3  # that of the map too
+
+
+def test_leftover_goes_with_its_locks(name, apart):
+    path = segment_path(name)
+    for left in (path, segment_files.locks_path(path)):
+        left.write_bytes(b"")
+    assert path.name in remove_leftovers()
+    assert not path.exists() and not segment_files.locks_path(path).exists()
+
+
 def test_suspected_deadlock_is_tried_again(name, monkeypatch):
     from quatcache.store import segment as module
 

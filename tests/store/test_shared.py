@@ -286,7 +286,7 @@ def test_slot_is_found_only_once_its_data_are_there(monkeypatch, overwrite):
         Segment, "order", lambda self: seen.append((cache.aux_array[1].item(), cache.array[1].tolist()))
     )
     cache.set_slot(1, item(2), allow_overwrite=True)
-    assert [state for state, _ in seen] == ([0, 0, 0] if overwrite else [0])
+    assert [state for state, _ in seen] == ([0, 0] if overwrite else [0])
     assert seen[-1] == (0, [2, 2, 2])  # the data are whole before anybody may find them
     assert cache.aux_array[1] == 1
 
@@ -320,6 +320,100 @@ def test_copy_of_what_is_changed_meanwhile_is_not_found(monkeypatch, change):
     kept = {"overwrite": [0], "clear": [], "clear and write": []}[change]
     assert found.positions.tolist() == kept
     assert found.values.tolist() == [[2] * 3] * len(kept)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("step", [1, 2])
+def test_copy_of_what_a_killed_writer_and_the_next_one_changed_is_not_found(monkeypatch, step, many):
+    """The first leaves an empty slot at any point, the second fills it: both while a third one copies."""
+    cache = cache_of()
+    cache.set_slot(1, item(1))
+
+    def changed():
+        killed = start(METHODS[0], slot_workers.write_and_die, cache, 1, item(2), True, step)
+        assert ended(killed) == -signal.SIGKILL
+        cache.set_slot(1, item(9))
+
+    if many:
+        real = slots_module.copied_rows
+        monkeypatch.setattr(
+            slots_module, "copied_rows", lambda *args, **options: (real(*args, **options), changed())[0]
+        )
+        assert cache.get_slots([1]).positions.tolist() == []
+        monkeypatch.undo()
+    else:
+        copied_while(monkeypatch, changed)
+        assert cache.copy_slot(1) is None
+        monkeypatch.undo()
+    assert cache.copy_slot(1).tolist() == [9] * 3
+
+
+def copied_while(monkeypatch, act):
+    """Have something happen once, while one slot is copied."""
+    real = torch.Tensor.clone
+
+    def clone(self):
+        monkeypatch.setattr(torch.Tensor, "clone", real)
+        half = self.clone()
+        act()
+        return half
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+
+
+@pytest.mark.parametrize("change", ["overwrite", "clear", "clear and write", "other"])
+def test_copy_of_one_slot_that_is_changed_meanwhile_is_not_found(monkeypatch, change):
+    cache = cache_of()
+    cache.set_slots([1, 2], torch.stack([item(1), item(2)]))
+
+    def changed():
+        if change == "other":
+            cache.set_slot(2, item(8), allow_overwrite=True)
+        elif change != "overwrite":
+            cache.clear()
+        if change in ("overwrite", "clear and write"):
+            cache.set_slots([1], item(9)[None], allow_overwrite=True)
+
+    copied_while(monkeypatch, changed)
+    found = cache.copy_slot(1)
+    assert (found is None) == (change != "other")
+    assert cache.stats().misses == (change != "other")
+
+
+def test_loaded_slot_is_not_found_by_who_copied_what_it_held_before(monkeypatch, tmp_path):
+    cache = cache_of()
+    cache.set_slot(1, item(1))
+    cache.save(tmp_path / "slots.safetensors")
+    cache.set_slot(1, item(2), allow_overwrite=True)
+
+    def changed():
+        cache.clear()
+        cache.load(tmp_path / "slots.safetensors")
+
+    copied_while(monkeypatch, changed)
+    assert cache.copy_slot(1) is None
+    assert cache.copy_slot(1).tolist() == [1] * 3
+
+
+def test_version_begins_anew_after_the_last_one():
+    cache = cache_of()
+    cache._slots.versions[1] = 2**32 - 1
+    cache.set_slot(1, item(1))
+    assert cache._slots.versions[1] == 0
+    assert cache.copy_slot(1).tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_copy_of_one_slot_is_ones_own(seed):
+    cache = cache_of(samples=10, slots=4, seed=seed)
+    first = int(cache.indices[1])
+    without = next(index for index in range(10) if index not in cache.indices)
+    cache.set_slot(first, item(5))
+    cache.copy_slot(first).zero_()
+    assert cache.copy_slot(first).tolist() == cache[first].tolist() == [5] * 3
+    assert cache.copy_slot(int(cache.indices[0])) is None
+    assert cache.copy_slot(without) is None
+    assert (cache.stats().hits, cache.stats().misses) == (3, 2)
 
 
 def test_view_of_a_slot_is_not_changed_by_other_writers_by_default():
@@ -472,7 +566,7 @@ def test_slots_written_in_another_process_are_found(method, seed):
     assert all(cache[index].tolist() == [100 + index] * 3 for index in cache.indices.tolist())
 
 
-@pytest.mark.parametrize(("overwrite", "step"), [(False, 1), (True, 1), (True, 2), (True, 3)])
+@pytest.mark.parametrize(("overwrite", "step"), [(False, 1), (True, 1), (True, 2)])
 def test_writer_killed_in_the_middle_leaves_an_empty_slot_that_can_be_written(overwrite, step):
     cache = cache_of()
     if overwrite:
@@ -567,7 +661,36 @@ def test_index_outside_the_dataset_is_refused(index):
     assert cache.stats().present == 0
 
 
-@pytest.mark.parametrize("indices", [[0.5], [[0, 1]], torch.tensor(3), ["a"], [True, False], 3])
+@pytest.mark.parametrize(
+    "index", [True, np.int8(1), torch.tensor(1), torch.tensor(1, dtype=torch.uint8), torch.tensor([1]), np.uint64(1)]
+)
+def test_one_is_one_of_whatever_type(index):
+    """For torch, True and a number of uint8 are masks: the item would go into all slots, or all slots come back."""
+    cache = cache_of()
+    cache.set_slot(index, item(7))
+    assert cache.aux_array.tolist() == [0, 1] + [0] * 8
+    assert cache.array.sum() == 21
+    assert cache.get_slot(index).tolist() == cache[index].tolist() == cache.copy_slot(index).tolist() == [7] * 3
+    assert not cache.is_slot_empty(index)
+
+
+@pytest.mark.parametrize("index", [1.0, "a", slice(0, 2), None, [1], np.array([1]), np.bool_(True), torch.tensor(1.0)])
+def test_what_is_no_index_is_refused(index):
+    cache = cache_of()
+    for call in (cache.get_slot, cache.copy_slot, cache.is_slot_empty, lambda i: cache.set_slot(i, item(1))):
+        with pytest.raises(SlotIndexError, match="is no index; give an integer, or many of them to get_slots"):
+            call(index)
+    assert cache.stats().present == 0
+
+
+def test_index_beyond_any_integer_of_the_machine_is_told_as_it_is():
+    with pytest.raises(SlotIndexError, match="index 9223372036854775808 is outside"):
+        cache_of().get_slots(np.array([2**63], np.uint64))
+
+
+@pytest.mark.parametrize(
+    "indices", [[0.5], [[0, 1]], torch.tensor(3), ["a"], [True, False], 3, [[1], [1, 2]], [2**70], {1: 2}.keys()]
+)
 def test_what_is_no_list_of_indices_is_refused(indices):
     with pytest.raises(SlotIndexError, match="no list of indices"):
         cache_of().get_slots(indices)
@@ -586,6 +709,11 @@ def test_what_is_no_list_of_indices_is_refused(indices):
         (None, "is a NoneType"),
         ("abc", "is a str"),
         (np.array(["a"]), "cannot be a tensor"),
+        (np.zeros(3, ">i8"), "cannot be a tensor"),
+        (np.ma.masked_array(np.zeros(3, np.int64)), "is a MaskedArray"),
+        (torch.zeros(3, dtype=torch.int64).to_sparse(), "sparse, nested or meta"),
+        (torch.zeros(3, dtype=torch.int64, device="meta"), "sparse, nested or meta"),
+        (2**70, "is no int64"),
     ],
 )
 def test_value_of_another_shape_or_dtype_is_refused(value, said):
@@ -606,6 +734,17 @@ def test_number_that_the_dtype_does_not_hold_is_refused(value):
     assert cache.stats().present == 0
 
 
+@pytest.mark.parametrize("value", [1e10, -1e10, 2049])
+def test_number_that_a_float_would_make_another_of_is_refused(value):
+    cache = SharedCache(1, 5, (), torch.float16)
+    with pytest.raises(SlotValueError, match=r"is no float16"):
+        cache.set_slot(0, value)
+    assert cache.stats().present == 0
+    for index, taken in enumerate((0.1, math.inf, math.nan, 2048, -math.inf)):
+        cache.set_slot(index, taken)
+        assert cache[index].item() == pytest.approx(taken, rel=1e-3, nan_ok=True)
+
+
 @pytest.mark.parametrize(
     "values",
     [torch.zeros(3, 3, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 3), [[1] * 3] * 2],
@@ -623,7 +762,7 @@ def test_dataset_without_samples_is_refused(length):
         SharedCache(1, length, (3,))
 
 
-@pytest.mark.parametrize("limit", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("limit", [0, -1, math.inf, math.nan, 1e300, "8", None])
 def test_limit_that_is_none_is_refused(limit):
     with pytest.raises(ConfigError, match="size_limit_gib is"):
         SharedCache(limit, 10, (3,))
