@@ -314,9 +314,11 @@ class TestStale:
     def test_a_write_that_leaves_no_mark_is_found_when_time_has_passed(self, monkeypatch):
         cached = cache()
         before = cached.encode(TEXTS[:2])
-        cached.encoder.matrix.data.mul_(2)
+        used = ord(TEXTS[0][0])  # its row, and not the value that is looked at
+        cached.encoder.matrix.data[used].mul_(2)
         monkeypatch.setattr(cached._current._watch, "_time", lambda: float("inf"))
-        assert torch.equal(cached.encode(TEXTS[:2]), 2 * before)
+        after = cached.encode(TEXTS[:2])
+        assert torch.equal(after, direct(cached.encoder, TEXTS[:2])) and not torch.equal(after, before)
 
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_rows_that_were_encoded_while_the_encoder_was_changed_are_not_kept(self, tmp_path, on_disk):
@@ -538,6 +540,9 @@ class TestCopies:
         (lambda: cache().encode("oak"), "items is the single text 'oak'; pass a list of items"),
         (lambda: cache().encode({"oak": 1}), "items is .*, a dict; pass a list of items"),
         (lambda: cache().encode({"oak"}), "a set; pass a list of items"),
+        (lambda: cache().encode(np.array("oak")), "a ndarray; pass a list of items"),
+        (lambda: cache().encode(bytearray(b"oak")), "items is the single text .*; pass a list of items"),
+        (lambda: cache().encode(pytest.importorskip("pandas").DataFrame({"a": [1]})), "a DataFrame; pass a list of it"),
         (lambda: cache().encode(5), "items is 5, a int; pass a list of items"),
         (lambda: cache().contains("oak"), "items is the single text 'oak'; pass a list of items"),
         (lambda: cache().encode_iter("oak"), "items is the single text 'oak'; pass a list of items"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from operator import index
 from os import PathLike
 from typing import Any
 
@@ -99,7 +100,7 @@ class CachedSentenceTransformer(SentenceTransformer):
         if prompt is None:
             prompt = self._own_prompt(prompt_name)
         size = given.get("truncate_dim")
-        size = self.truncate_dim if size is None else size  # which a context may have set
+        size = self.truncate_dim if size is None else index(size)  # which a context may have set
         cache = self._cache_for(prompt, role, bool(given["normalize_embeddings"]), size)
         single = self._is_single(inputs)
         items = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
@@ -126,7 +127,9 @@ class CachedSentenceTransformer(SentenceTransformer):
 
     def _as_asked(self, rows: torch.Tensor, single: bool, given: dict[str, Any]) -> Any:
         as_numpy, as_tensor = given["convert_to_numpy"], given["convert_to_tensor"]
-        answer: Any = rows if len(rows) else torch.tensor([])
+        answer: Any = (
+            rows if len(rows) else torch.tensor([], dtype=torch.float64 if as_numpy and not as_tensor else None)
+        )
         if len(rows) and given["precision"] not in (None, "float32"):
             answer = torch.from_numpy(quantize_embeddings(rows, precision=given["precision"]))
         if as_tensor or not as_numpy:
