@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -139,6 +141,17 @@ class TestRows:
             assert plain.encode(items).dtype is torch.float32
         assert mixed.encode(items).dtype is torch.bfloat16
         assert plain.identity.digest != mixed.identity.digest
+
+    def test_rows_in_memory_are_gone_with_the_cache(self):
+        cached = cache()
+        cached.encode(TEXTS[:3])
+        kept = weakref.ref(cached._current.open().inner)
+        gc.disable()  # memory of tensors does not hasten it
+        try:
+            del cached
+            assert kept() is None
+        finally:
+            gc.enable()
 
     def test_a_bar_is_shown_where_one_is_wanted(self, capsys):
         cache().encode(TEXTS[:3], show_progress_bar=True)
@@ -597,6 +610,7 @@ class TestFunctions:
             (lambda items: [1.0, 2.0], "returned shape (2,) for 2 items"),
             (lambda items: [["a"], ["b"]], "returned [['a'], ['b']]; return one vector per item"),
             (lambda items: [[float("nan")], [1.0]], "returned NaN or infinity for item 'oak'"),
+            (lambda items: np.ones((2, 1), np.uint16), "returned rows of torch.uint16; return one of float64"),
         ],
     )
     def test_a_function_that_returns_no_rows_is_refused_and_nothing_is_stored(self, tmp_path, returned, told):

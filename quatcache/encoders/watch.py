@@ -113,7 +113,7 @@ def _values(tensors: list[torch.Tensor]) -> Iterator[Any]:
             middle = tensor.detach()[tuple(size // 2 for size in tensor.shape)]
             alike.setdefault((tensor.device, tensor.dtype), []).append(middle)
     for values in alike.values():
-        yield torch.stack(values).double().numpy(force=True).tobytes()  # as bytes: NaN equals itself
+        yield torch.stack(values).cpu().double().numpy().tobytes()  # as bytes: NaN equals itself
 
 
 def _is_opaque(tensor: torch.Tensor) -> bool:
