@@ -625,6 +625,33 @@ class TestFunctions:
         with pytest.raises(EncoderOutputError, match=r"returned rows of shape \(5,\) after rows of shape \(3,\)"):
             cached.encode(["maple"])
 
+    def test_vectors_keep_their_precision_and_numbers_of_python_become_float32(self):
+        precise = cache(encoder=lambda items: [np.array([0.1]) for _ in items])
+        assert precise.encode(["oak"]).dtype is torch.float64
+        assert cache(encoder=lambda items: [[0.1] for _ in items]).encode(["oak"]).dtype is torch.float32
+
+    @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+    def test_a_function_that_gives_other_rows_each_time_in_one_memory_is_refused(self, kind):
+        memory, numbers = np.zeros((40, 2)), np.random.default_rng(0)
+
+        def random(items):
+            memory[:] = numbers.random(memory.shape)
+            return kind(memory[: len(items)])
+
+        with pytest.raises(NotFrozenError, match="two passes over the same items differ"):
+            cache(encoder=random).encode(TEXTS)
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_a_function_may_ask_the_cache_that_calls_it(self, tmp_path, on_disk):
+        def length(items):
+            return [[1.0 + (float(cached.encode([item[1:]])) if item[1:] else 0.0)] for item in items]
+
+        cached = cache(tmp_path if on_disk else None, length, identity="length, 1")
+        assert cached.encode(["maple", "oak"]).tolist() == [[5.0], [3.0]]
+        assert cached.contains(["aple", "ple", "le", "e", "ak", "k"]).all()
+        if on_disk:
+            assert cache(tmp_path, length, identity="length, 1").contains(["maple", "oak", "le"]).all()
+
     def test_an_error_of_the_function_is_raised_as_it_is(self):
         def failing(items):
             raise TimeoutError("no answer")

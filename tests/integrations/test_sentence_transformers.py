@@ -228,6 +228,33 @@ def test_a_model_in_training_mode_is_put_into_eval_mode_as_encode_does(cached, p
     assert same(cached.encode(TEXTS), plain.encode(TEXTS))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"device": ["cpu", "cpu"]},
+        {"pool": {"processes": []}},
+        {"task": "other"},
+        {"processing_kwargs": {}},
+        {"output_value": None},
+        {"output_value": "token_embeddings"},
+        {"prompt_name": "nothing_known"},
+    ],
+    ids=str,
+)
+def test_what_the_cache_has_no_rows_for_goes_to_the_model(cached, monkeypatch, given):
+    try:
+        inspect.signature(SentenceTransformer.encode).bind(cached, TEXTS, **given)
+    except TypeError:
+        pytest.skip("this version has no such argument")
+    monkeypatch.setattr(SentenceTransformer, "encode", lambda model, inputs, **others: (type(model), inputs, others))
+    assert cached.encode(TEXTS, **given) == (SentenceTransformer, TEXTS, given)
+
+
+def test_a_device_is_moved_to(cached):
+    with pytest.raises(RuntimeError, match="nowhere"):
+        cached.encode(TEXTS, device="nowhere")
+
+
 def test_unknown_arguments_and_prompts_are_refused_by_the_model_itself(cached):
     with pytest.raises(ValueError, match="nothing_known"):
         cached.encode(TEXTS, prompt_name="nothing_known")
