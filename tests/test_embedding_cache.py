@@ -576,9 +576,10 @@ class TestFunctions:
             lambda items: [np.array([len(item), 1], np.float32) for item in items],
             lambda items: [torch.tensor([len(item), 1.0]) for item in items],
             lambda items: np.array([[len(item), 1] for item in items], np.float32),
+            lambda items: np.array([[1, len(item)] for item in items], np.float32)[:, ::-1],
             lambda items: torch.tensor([[len(item), 1.0] for item in items]),
         ],
-        ids=["lists", "arrays", "tensors", "array", "tensor"],
+        ids=["lists", "arrays", "tensors", "array", "reversed array", "tensor"],
     )
     def test_a_batch_function_may_return_its_rows_in_any_form(self, tmp_path, function):
         cached = cache(tmp_path, function, identity="lengths, 1")
