@@ -642,6 +642,19 @@ class TestFunctions:
         with pytest.raises(NotFrozenError, match="two passes over the same items differ"):
             cache(encoder=random).encode(TEXTS)
 
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_a_function_may_use_its_memory_again(self, padded):
+        memory, every = torch.zeros(8, 1, 2), torch.ones(8, 1, dtype=torch.bool)
+
+        def numbers(items):
+            memory[: len(items), 0, 0] = torch.tensor(items)
+            rows = memory[: len(items)]
+            return PaddedSequences(rows, every[: len(items)]) if padded else rows[:, 0]
+
+        found = cache(encoder=numbers).encode([float(number) for number in range(20)], batch_size=8)
+        rows = found.values[:, 0] if padded else found
+        assert rows[:, 0].tolist() == list(range(20))
+
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_a_function_may_ask_the_cache_that_calls_it(self, tmp_path, on_disk):
         def length(items):

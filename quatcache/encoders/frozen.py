@@ -129,8 +129,6 @@ class FrozenEncoder:
             inputs = self._place(collate_items(self.name, self.encoder.collate, items))
         if not self.proven:
             rows = self._timed_rows(inputs, items)
-            if isinstance(rows, torch.Tensor):
-                rows = rows.clone()  # the second pass may write to the same memory
             self._compare(rows, self._rows(inputs, items))
             self.proven = True
             return rows
@@ -197,7 +195,8 @@ class FrozenEncoder:
                 f"encoder {self.name!r} returned NaN or infinity for item {shorten(items[bad])}; a cache would keep it "
                 "for ever: correct the item or the encoder."
             )
-        return rows  # type: ignore[no-any-return]
+        # the next forward may write to the same memory, and rows of several are answered together
+        return rows.clone() if isinstance(rows, torch.Tensor) else rows  # sequences were copied
 
     def _compare(self, first: Any, second: Any) -> None:
         if isinstance(first, PaddedSequences) or isinstance(second, PaddedSequences):
