@@ -35,7 +35,7 @@ from quatcache.store import CacheDirectory
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["EmbeddingCache", "EmbeddingCacheStats"]
+__all__ = ["EmbeddingCache", "EmbeddingCacheStats", "require_cache"]
 
 WINDOW = 2048
 """Items of a stream that are looked up, sorted and encoded together: a few megabytes of vectors."""
@@ -281,6 +281,13 @@ class EmbeddingCache:
         return self._current.open().identity
 
     @property
+    def is_identified(self) -> bool:
+        """Whether the identity decides all rows: not those of a function without one, nor of items that share a key."""
+        encoder = self.encoder
+        identified = not isinstance(encoder, FunctionEncoder) or encoder.is_identified
+        return identified and self._settings["key_extractor"] is None
+
+    @property
     def save_dir(self) -> str | None:
         """Where rows persist; None: nowhere."""
         save_dir: str | None = self._settings["save_dir"]
@@ -301,15 +308,16 @@ class EmbeddingCache:
 
 
 def _listed(items: Any) -> Sequence[Any]:
-    if isinstance(items, np.ndarray) and items.dtype.kind in "UO":  # as Python's own texts
-        return items.tolist() if items.ndim else [items.item()]
+    if isinstance(items, np.ndarray) and items.dtype.kind in "UO" and items.ndim:  # as Python's own texts
+        return items.tolist()  # type: ignore[no-any-return]
     return items if isinstance(items, list | tuple) else list(_iterator(items))
 
 
 def _iterator(items: Any) -> Iterator[Any]:
-    if isinstance(items, str | bytes):
+    if isinstance(items, str | bytes | bytearray):
         raise ConfigError(f"items is the single text {shorten(items)}; pass a list of items.")
-    if not isinstance(items, Mapping | Set):  # the keys of a mapping are hardly meant, and a set has no order
+    # the keys of a mapping or the columns of a table are hardly meant, and a set has no order
+    if not isinstance(items, Mapping | Set) and not hasattr(items, "columns"):
         try:
             return iter(items)
         except TypeError:
@@ -324,3 +332,18 @@ def _check_batch_size(batch_size: object) -> None:
 
 def _advance(samples: int, counts: Counts) -> None:
     """Show nothing."""
+
+
+def require_cache(value: Any, name: str) -> EmbeddingCache:
+    """Give a cache that was passed to an integration.
+
+    Args:
+        value: What was passed.
+        name: Of the argument.
+
+    Raises:
+        ConfigError: It is no EmbeddingCache.
+    """
+    if not isinstance(value, EmbeddingCache):
+        raise ConfigError(f"{name} is {shorten(value)}; pass EmbeddingCache(encoder, save_dir=...).")
+    return value

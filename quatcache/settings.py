@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+import numpy as np
 import torch
 
 from quatcache.errors import ConfigError, shorten
@@ -61,13 +62,13 @@ def byte_budget(value: object) -> int | None:
 
 
 def is_count(value: object, least: int) -> bool:
-    """Say whether a value is a whole number of at least so many; True and False are none.
+    """Say whether a value is a whole number of at least so many, of Python or NumPy; True and False are none.
 
     Example:
         >>> is_count(1, 1), is_count(True, 1), is_count(0, 1)
         (True, False, False)
     """
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_verify(value: Literal["auto"] | int) -> None:

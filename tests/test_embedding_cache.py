@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -139,6 +141,17 @@ class TestRows:
             assert plain.encode(items).dtype is torch.float32
         assert mixed.encode(items).dtype is torch.bfloat16
         assert plain.identity.digest != mixed.identity.digest
+
+    def test_rows_in_memory_are_gone_with_the_cache(self):
+        cached = cache()
+        cached.encode(TEXTS[:3])
+        kept = weakref.ref(cached._current.open().inner)
+        gc.disable()  # memory of tensors does not hasten it
+        try:
+            del cached
+            assert kept() is None
+        finally:
+            gc.enable()
 
     def test_a_bar_is_shown_where_one_is_wanted(self, capsys):
         cache().encode(TEXTS[:3], show_progress_bar=True)
@@ -314,9 +327,11 @@ class TestStale:
     def test_a_write_that_leaves_no_mark_is_found_when_time_has_passed(self, monkeypatch):
         cached = cache()
         before = cached.encode(TEXTS[:2])
-        cached.encoder.matrix.data.mul_(2)
+        used = ord(TEXTS[0][0])  # its row, and not the value that is looked at
+        cached.encoder.matrix.data[used].mul_(2)
         monkeypatch.setattr(cached._current._watch, "_time", lambda: float("inf"))
-        assert torch.equal(cached.encode(TEXTS[:2]), 2 * before)
+        after = cached.encode(TEXTS[:2])
+        assert torch.equal(after, direct(cached.encoder, TEXTS[:2])) and not torch.equal(after, before)
 
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_rows_that_were_encoded_while_the_encoder_was_changed_are_not_kept(self, tmp_path, on_disk):
@@ -538,6 +553,9 @@ class TestCopies:
         (lambda: cache().encode("oak"), "items is the single text 'oak'; pass a list of items"),
         (lambda: cache().encode({"oak": 1}), "items is .*, a dict; pass a list of items"),
         (lambda: cache().encode({"oak"}), "a set; pass a list of items"),
+        (lambda: cache().encode(np.array("oak")), "a ndarray; pass a list of items"),
+        (lambda: cache().encode(bytearray(b"oak")), "items is the single text .*; pass a list of items"),
+        (lambda: cache().encode(pytest.importorskip("pandas").DataFrame({"a": [1]})), "a DataFrame; pass a list of it"),
         (lambda: cache().encode(5), "items is 5, a int; pass a list of items"),
         (lambda: cache().contains("oak"), "items is the single text 'oak'; pass a list of items"),
         (lambda: cache().encode_iter("oak"), "items is the single text 'oak'; pass a list of items"),
@@ -558,9 +576,10 @@ class TestFunctions:
             lambda items: [np.array([len(item), 1], np.float32) for item in items],
             lambda items: [torch.tensor([len(item), 1.0]) for item in items],
             lambda items: np.array([[len(item), 1] for item in items], np.float32),
+            lambda items: np.array([[1, len(item)] for item in items], np.float32)[:, ::-1],
             lambda items: torch.tensor([[len(item), 1.0] for item in items]),
         ],
-        ids=["lists", "arrays", "tensors", "array", "tensor"],
+        ids=["lists", "arrays", "tensors", "array", "reversed array", "tensor"],
     )
     def test_a_batch_function_may_return_its_rows_in_any_form(self, tmp_path, function):
         cached = cache(tmp_path, function, identity="lengths, 1")
@@ -592,6 +611,7 @@ class TestFunctions:
             (lambda items: [1.0, 2.0], "returned shape (2,) for 2 items"),
             (lambda items: [["a"], ["b"]], "returned [['a'], ['b']]; return one vector per item"),
             (lambda items: [[float("nan")], [1.0]], "returned NaN or infinity for item 'oak'"),
+            (lambda items: np.ones((2, 1), np.uint16), "returned rows of torch.uint16; return one of float64"),
         ],
     )
     def test_a_function_that_returns_no_rows_is_refused_and_nothing_is_stored(self, tmp_path, returned, told):
@@ -605,6 +625,46 @@ class TestFunctions:
         cached.encode(["oak"])
         with pytest.raises(EncoderOutputError, match=r"returned rows of shape \(5,\) after rows of shape \(3,\)"):
             cached.encode(["maple"])
+
+    def test_vectors_keep_their_precision_and_numbers_of_python_become_float32(self):
+        precise = cache(encoder=lambda items: [np.array([0.1]) for _ in items])
+        assert precise.encode(["oak"]).dtype is torch.float64
+        assert cache(encoder=lambda items: [[0.1] for _ in items]).encode(["oak"]).dtype is torch.float32
+
+    @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+    def test_a_function_that_gives_other_rows_each_time_in_one_memory_is_refused(self, kind):
+        memory, numbers = np.zeros((40, 2)), np.random.default_rng(0)
+
+        def random(items):
+            memory[:] = numbers.random(memory.shape)
+            return kind(memory[: len(items)])
+
+        with pytest.raises(NotFrozenError, match="two passes over the same items differ"):
+            cache(encoder=random).encode(TEXTS)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_a_function_may_use_its_memory_again(self, padded):
+        memory, every = torch.zeros(8, 1, 2), torch.ones(8, 1, dtype=torch.bool)
+
+        def numbers(items):
+            memory[: len(items), 0, 0] = torch.tensor(items)
+            rows = memory[: len(items)]
+            return PaddedSequences(rows, every[: len(items)]) if padded else rows[:, 0]
+
+        found = cache(encoder=numbers).encode([float(number) for number in range(20)], batch_size=8)
+        rows = found.values[:, 0] if padded else found
+        assert rows[:, 0].tolist() == list(range(20))
+
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_a_function_may_ask_the_cache_that_calls_it(self, tmp_path, on_disk):
+        def length(items):
+            return [[1.0 + (float(cached.encode([item[1:]])) if item[1:] else 0.0)] for item in items]
+
+        cached = cache(tmp_path if on_disk else None, length, identity="length, 1")
+        assert cached.encode(["maple", "oak"]).tolist() == [[5.0], [3.0]]
+        assert cached.contains(["aple", "ple", "le", "e", "ak", "k"]).all()
+        if on_disk:
+            assert cache(tmp_path, length, identity="length, 1").contains(["maple", "oak", "le"]).all()
 
     def test_an_error_of_the_function_is_raised_as_it_is(self):
         def failing(items):

@@ -199,22 +199,24 @@ class CurrentRows:
         with self._looking:  # two threads would both load it
             self.encoder.ensure_loaded()
         if opened.frozen is None:
+            encoder, precision = self.encoder, self._precision  # not self: its rows would be kept by a circle
             opened.frozen = FrozenEncoder(
                 self.name,
-                self.encoder,
-                place=lambda inputs: to_device(inputs, device_of(self.encoder)),
-                context=self._context,
+                encoder,
+                place=lambda inputs: to_device(inputs, device_of(encoder)),
+                context=lambda: _computing(encoder, precision),
             )
         else:
             prove_fixed(self.name, self.encoder)
         return opened.frozen
 
-    def _context(self) -> AbstractContextManager[Any]:
-        """Compute in the precision that belongs to the identity, whatever the caller's own code is run in."""
-        device, dtype = device_of(self.encoder).type, AUTOCAST[self._precision]
-        if dtype is None and not torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+
+def _computing(encoder: Encoder, precision: str) -> AbstractContextManager[Any]:
+    """Compute in the precision that belongs to the identity, whatever the caller's own code is run in."""
+    device, dtype = device_of(encoder).type, AUTOCAST[precision]
+    if dtype is None and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 
 def _see_loaded(rows: weakref.ref[CurrentRows]) -> None:

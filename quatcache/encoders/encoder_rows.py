@@ -83,6 +83,7 @@ class EncoderRows:
         self._computing = threading.RLock()
         self._keying = threading.Lock()
         self._counting = threading.Lock()
+        self._filled: OpenedRows | None = None  # whose lock is held: an encoder may ask this very cache
         self._pack_at = PACK_AFTER
         self._noted = (0, 0.0)
         self._told = ""
@@ -167,9 +168,11 @@ class EncoderRows:
 
     def _alone(self, opened: OpenedRows, held: ExitStack) -> RowStore:
         """Be the one process that encodes for this store, and give what takes the rows."""
-        if opened.disk is not None and self._directory is not None:
+        if opened.disk is not None and self._directory is not None and opened is not self._filled:
             try:
                 held.enter_context(self._directory.filling([opened.disk]))
+                held.callback(setattr, self, "_filled", self._filled)
+                self._filled = opened
                 with opened.store.lock:
                     opened.disk.refresh()
             except StoreError as error:

@@ -27,6 +27,7 @@ from quatcache.encoders.deferred import passing_over
 from quatcache.encoders.encoder import Encoder
 from quatcache.errors import EncoderOutputError, NotFrozenError, shorten
 from quatcache.sequences import PaddedSequences
+from quatcache.store import DTYPES
 
 __all__ = ["FrozenEncoder", "prove_fixed"]
 
@@ -183,6 +184,10 @@ class FrozenEncoder:
         if isinstance(rows, PaddedSequences):
             rows = rows.normalised()  # what stands in the padding is kept nowhere
         values: torch.Tensor = rows.values if isinstance(rows, PaddedSequences) else rows
+        if values.dtype not in DTYPES.values():
+            raise EncoderOutputError(
+                f"encoder {self.name!r} returned rows of {values.dtype}; return one of {', '.join(DTYPES)}."
+            )
         # the sum is not finite if a value is not, and takes a tenth of the time; of large values it may overflow
         if values.is_floating_point() and not math.isfinite(values.sum()) and not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).reshape(len(rows), -1).any(dim=1).nonzero()[0])
@@ -190,7 +195,8 @@ class FrozenEncoder:
                 f"encoder {self.name!r} returned NaN or infinity for item {shorten(items[bad])}; a cache would keep it "
                 "for ever: correct the item or the encoder."
             )
-        return rows  # type: ignore[no-any-return]
+        # the next forward may write to the same memory, and rows of several are answered together
+        return rows.clone() if isinstance(rows, torch.Tensor) else rows  # sequences were copied
 
     def _compare(self, first: Any, second: Any) -> None:
         if isinstance(first, PaddedSequences) or isinstance(second, PaddedSequences):

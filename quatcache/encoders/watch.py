@@ -1,9 +1,11 @@
 """Whether an encoder may have changed since its identity was found, told in a small part of the time that takes.
 
 To find an identity, every weight is read: some milliseconds, many times what a row takes. So between two such looks
-only marks are compared: which tensors and modules there are, how often each tensor was written to, and the attributes
-of all modules and of what they hold. A write through ``.data``, or deep inside an object, leaves no mark; so a look is
-due from time to time as well, as often as :data:`SHARE_OF_TIME` allows.
+only marks are compared: which tensors and modules there are, how often each tensor was written to, one value of each,
+and the attributes of all modules and of what they hold. A write through ``.data`` counts nowhere, so it is found by
+those values if it was one to a whole model, as of an optimizer, an average or an adapter that is merged. One to a few
+rows, or deep inside an object, leaves no mark; so a look is due from time to time as well, as often as
+:data:`SHARE_OF_TIME` allows.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class Watch:
     def _now(self) -> list[Any]:
         seen: set[int] = set()
         with passing_over([self._encoder]):
-            return [mark for module in self._encoder.modules() for mark in _marks(module, seen)]
+            modules = list(self._encoder.modules())
+            tensors = [tensor for module in modules for tensor in _tensors(module)]
+        return [*(mark for module in modules for mark in _marks(module, seen)), *_values(tensors)]
 
 
 def _marks(module: nn.Module, seen: set[int]) -> Iterator[Any]:
@@ -94,6 +98,26 @@ def _marks(module: nn.Module, seen: set[int]) -> Iterator[Any]:
         for name, value in tuple(held.items()):
             if name not in _OWN:
                 yield name, _mark(value, 0, seen)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def _values(tensors: list[torch.Tensor]) -> Iterator[Any]:
+    """Give the value in the middle of each tensor, those of one device and dtype copied at once."""
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.numel() and not _is_opaque(tensor):
+            middle = tensor.detach()[tuple(size // 2 for size in tensor.shape)]
+            alike.setdefault((tensor.device, tensor.dtype), []).append(middle)
+    for values in alike.values():
+        yield torch.stack(values).cpu().double().numpy().tobytes()  # as bytes: NaN equals itself
+
+
+def _is_opaque(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or tensor.is_quantized or tensor.is_complex() or tensor.layout is not torch.strided
 
 
 def _mark_of(tensor: torch.Tensor) -> Any:

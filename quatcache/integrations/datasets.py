@@ -2,7 +2,9 @@
 
 ``Dataset.map`` caches its result under a fingerprint of the function, which it finds by pickling it: of an encoder that
 is hundreds of megabytes, other ones in the next process. So the fingerprint is made here, of the identity of the
-encoder: a result is found again by any process whose encoder is the same, and by none whose encoder was changed.
+encoder: a result is found again by any process whose encoder is the same, and by none whose encoder was changed. Where
+the identity does not decide the result, it is never found again: with a function of which nothing is known, and with a
+key extractor, because rows then depend on what was met before.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from quatcache.embedding_cache import EmbeddingCache
+from quatcache.embedding_cache import EmbeddingCache, require_cache
 from quatcache.errors import ConfigError, MissingDependencyError, shorten
 
 try:
-    from datasets import Dataset, DatasetDict
-    from datasets.fingerprint import Hasher
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from datasets.fingerprint import Hasher, generate_random_fingerprint
 except ImportError as error:
     raise MissingDependencyError("datasets is not installed: pip install 'quatcache[datasets]'") from error
 
@@ -36,6 +38,9 @@ class EmbedColumn:
         into: Column that is added.
         batch_size: Items per encoder call, at most.
 
+    Raises:
+        ConfigError: ``cache`` is no EmbeddingCache; when called: there is no such column, or it has one row alone.
+
     Example:
         >>> embed = EmbedColumn(EmbeddingCache(lambda texts: [[float(len(text))] for text in texts]))
         >>> embed({"text": ["oak", "maple"]})["embedding"].tolist()
@@ -45,14 +50,26 @@ class EmbedColumn:
     def __init__(
         self, cache: EmbeddingCache, column: str = "text", into: str = "embedding", batch_size: int = 32
     ) -> None:
-        self.cache = cache
+        self.cache = require_cache(cache, "cache")
         self.column = column
         self.into = into
         self.batch_size = batch_size
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Embed a batch."""
-        return {self.into: self.cache.encode(list(batch[self.column]), self.batch_size, convert_to_numpy=True)}
+        if self.column not in getattr(batch, "column_names", batch):  # a table of Arrow contains its values
+            raise self._lacks(list(batch))
+        items = batch[self.column]
+        if isinstance(items, str | bytes) or not hasattr(items, "__len__"):  # its letters are not meant
+            raise ConfigError(f"column {self.column!r} is {shorten(items)}, of one row; use map(..., batched=True).")
+        return {self.into: self.cache.encode(list(items), self.batch_size, convert_to_numpy=True)}
+
+    def _lacks(self, columns: list[str]) -> ConfigError:
+        return ConfigError(f"column is {self.column!r}; the dataset has {shorten(columns)}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Add the identity to what the library pickles for a fingerprint of its own: a name does not tell the model."""
+        return {**vars(self), "identity": self.cache.identity.digest}
 
     def fingerprint(self, dataset: Dataset, **settings: Any) -> str:
         """Give the fingerprint of what ``map`` makes of a dataset, for its ``new_fingerprint``.
@@ -62,8 +79,12 @@ class EmbedColumn:
             settings: What else ``map`` is given.
 
         Returns:
-            Equal for equal data, settings and encoders, in any process.
+            Equal for equal data, settings and encoders, in any process; another one each time where the identity of
+            the encoder does not decide its rows.
         """
+        if not self.cache.is_identified:
+            fresh: str = generate_random_fingerprint()
+            return fresh
         decisive = {name: value for name, value in sorted(settings.items()) if name not in _WITHOUT_EFFECT}
         made_of = [dataset._fingerprint, self.cache.identity.digest, str(self.cache.dtype), self.column, self.into]
         digest: str = Hasher.hash([*made_of, decisive])
@@ -82,7 +103,7 @@ def add_embeddings(
     """Add a column of embeddings to a dataset, by its ``map``.
 
     Args:
-        dataset: A ``Dataset``, a ``DatasetDict`` of them, or an ``IterableDataset``.
+        dataset: A ``Dataset``, an ``IterableDataset``, or a dict of them as the library makes it.
         cache: Encodes the items. With ``num_proc``, give it a ``save_dir``: processes share rows through it alone.
         column: Of the items.
         into: Column that is added.
@@ -94,7 +115,7 @@ def add_embeddings(
         A dataset of the same kind.
 
     Raises:
-        ConfigError: There is no such column.
+        ConfigError: ``dataset`` or ``cache`` is something else, or there is no such column.
 
     Example:
         >>> from datasets import Dataset
@@ -102,16 +123,17 @@ def add_embeddings(
         >>> add_embeddings(Dataset.from_dict({"text": ["oak", "maple"]}), cache)["embedding"][:]
         [[3.0], [5.0]]
     """
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
         added = {
             name: add_embeddings(part, cache, column, into, encode_batch_size=encode_batch_size, **settings)
             for name, part in dataset.items()
         }
-        return DatasetDict(added)  # type: ignore[no-any-return]
+        return type(dataset)(added)  # type: ignore[no-any-return]
     embed, data = EmbedColumn(cache, column, into, encode_batch_size), dataset
-    known = getattr(data, "column_names", None)
-    if known is not None and column not in known:
-        raise ConfigError(f"column is {column!r}; the dataset has {shorten(known)}.")
+    if not isinstance(data, Dataset | IterableDataset):
+        raise ConfigError(f"dataset is {shorten(data)}; pass a Dataset or an IterableDataset.")
+    if data.column_names is not None and column not in data.column_names:  # streams may not know theirs
+        raise embed._lacks(data.column_names)
     if isinstance(data, Dataset):
         settings["new_fingerprint"] = embed.fingerprint(data, **settings)
-    return data.map(embed, batched=True, **settings)  # type: ignore[attr-defined, no-any-return]
+    return data.map(embed, batched=True, **settings)  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quatcache.embedding_cache import EmbeddingCache
+from quatcache.embedding_cache import EmbeddingCache, require_cache
 from quatcache.errors import MissingDependencyError
 
 try:
@@ -25,6 +25,9 @@ class CachedEmbeddings(Embeddings):
             ``EmbeddingCache(SentenceTransformerEncoder(model, role="query"), save_dir)``. None: as documents.
         batch_size: Texts per encoder call, at most.
 
+    Raises:
+        ConfigError: One of them is no EmbeddingCache.
+
     Example:
         >>> embeddings = CachedEmbeddings(EmbeddingCache(lambda texts: [[float(len(text))] for text in texts]))
         >>> embeddings.embed_documents(["oak", "maple"]), embeddings.embed_query("oak")
@@ -32,8 +35,8 @@ class CachedEmbeddings(Embeddings):
     """
 
     def __init__(self, documents: EmbeddingCache, queries: EmbeddingCache | None = None, batch_size: int = 32) -> None:
-        self.documents = documents
-        self.queries = documents if queries is None else queries
+        self.documents = require_cache(documents, "documents")
+        self.queries = self.documents if queries is None else require_cache(queries, "queries")
         self.batch_size = batch_size
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -45,7 +48,8 @@ class CachedEmbeddings(Embeddings):
         Returns:
             N lists of D numbers.
         """
-        return self.documents.encode(texts, self.batch_size).tolist()  # type: ignore[no-any-return]
+        rows = self.documents.encode(texts, self.batch_size, convert_to_numpy=True)  # which refuses sequences
+        return rows.tolist()  # type: ignore[no-any-return]
 
     def embed_query(self, text: str) -> list[float]:
         """Give the vector of a query.
@@ -56,4 +60,5 @@ class CachedEmbeddings(Embeddings):
         Returns:
             D numbers.
         """
-        return self.queries.encode([text], self.batch_size)[0].tolist()  # type: ignore[no-any-return]
+        rows = self.queries.encode([text], self.batch_size, convert_to_numpy=True)
+        return rows[0].tolist()  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from operator import index
 from os import PathLike
 from typing import Any
 
@@ -99,7 +100,7 @@ class CachedSentenceTransformer(SentenceTransformer):
         if prompt is None:
             prompt = self._own_prompt(prompt_name)
         size = given.get("truncate_dim")
-        size = self.truncate_dim if size is None else size  # which a context may have set
+        size = self.truncate_dim if size is None else index(size)  # which a context may have set
         cache = self._cache_for(prompt, role, bool(given["normalize_embeddings"]), size)
         single = self._is_single(inputs)
         items = [inputs] if single else inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
@@ -125,11 +126,12 @@ class CachedSentenceTransformer(SentenceTransformer):
         return isinstance(inputs, str) or not hasattr(inputs, "__len__")  # before version 5.2
 
     def _as_asked(self, rows: torch.Tensor, single: bool, given: dict[str, Any]) -> Any:
-        as_numpy, as_tensor = given["convert_to_numpy"], given["convert_to_tensor"]
-        answer: Any = rows if len(rows) else torch.tensor([])
+        as_tensor = given["convert_to_tensor"]
+        as_numpy = given["convert_to_numpy"] and not as_tensor
+        answer: Any = rows if len(rows) else torch.tensor([], dtype=torch.float64 if as_numpy else None)
         if len(rows) and given["precision"] not in (None, "float32"):
             answer = torch.from_numpy(quantize_embeddings(rows, precision=given["precision"]))
-        if as_tensor or not as_numpy:
+        if not as_numpy:
             answer = answer.to(self.device) if as_tensor else list(answer.to(self.device))
         else:
             answer = (answer.float() if answer.dtype is torch.bfloat16 else answer).numpy()

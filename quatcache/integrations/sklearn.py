@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -17,6 +18,7 @@ from quatcache.errors import ConfigError, MissingDependencyError
 
 try:
     from sklearn.base import BaseEstimator, TransformerMixin
+    from sklearn.exceptions import NotFittedError
 except ImportError as error:
     raise MissingDependencyError("scikit-learn is not installed: pip install 'quatcache[sklearn]'") from error
 
@@ -101,17 +103,23 @@ class EmbeddingTransformer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             ``(N, D)``.
         """
         rows: Any = self.cache.encode(_column(X), self.batch_size, convert_to_numpy=True)
-        return rows.reshape(len(rows), -1)  # type: ignore[no-any-return]
+        return rows.reshape(len(rows), math.prod(rows.shape[1:]))  # type: ignore[no-any-return]
 
     def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:
         """Name the features.
 
         Args:
             input_features: Ignored.
+
+        Raises:
+            NotFittedError: How many there are is not known: nothing was transformed with a function yet.
         """
-        size: Any = self.cache.encoder.embedding_size  # of a function it is not known beforehand
-        if size is None:
-            size = self.cache.encode([]).shape[-1]
+        size = math.prod(self.cache.encode([], convert_to_numpy=True).shape[1:])
+        if not size:
+            raise NotFittedError(
+                "the function that encodes was not called yet, so how many features it gives is not known; call "
+                "transform first."
+            )
         return np.array([f"embedding{place}" for place in range(size)], dtype=object)
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -32,6 +32,7 @@ def set_item(module):
 
 CHANGES = {
     "a write to a weight": lambda module: module.linear.weight.mul_(2),
+    "a write to a weight that is not counted": lambda module: module.linear.weight.data.mul_(2),
     "another weight": lambda module: setattr(module.linear, "weight", nn.Parameter(torch.ones(2, 2))),
     "other memory": lambda module: setattr(module.linear.weight, "data", torch.ones(2, 2)),
     "another layer": lambda module: setattr(module, "linear", nn.Linear(2, 2)),

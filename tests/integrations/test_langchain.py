@@ -11,8 +11,10 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from quatcache import EmbeddingCache
 from quatcache.encoders import SentenceTransformerEncoder
+from quatcache.errors import ConfigError
 from quatcache.integrations.langchain import CachedEmbeddings
 from tests.fits import HashingEncoder, texts
+from tests.ragged import LettersEncoder
 from tests.tiny import write_tiny
 
 TEXTS = texts(20)
@@ -42,6 +44,19 @@ def test_queries_may_have_a_role_of_their_own(tmp_path, minilm_path):
     cached = CachedEmbeddings(*caches)
     assert cached.embed_query(TEXTS[0]) != pytest.approx(cached.embed_documents([TEXTS[0]])[0])
     assert cached.embed_query(TEXTS[0]) == pytest.approx(caches[1].encode([TEXTS[0]])[0].tolist())
+
+
+@pytest.mark.parametrize("given", [("model",), (EmbeddingCache(HashingEncoder()), 32)], ids=str)
+def test_what_is_no_cache_is_refused(given):
+    with pytest.raises(ConfigError, match=r"is ('model'|32); pass EmbeddingCache\(encoder, save_dir=\.\.\.\)"):
+        CachedEmbeddings(*given)
+
+
+def test_sequences_are_refused():
+    cached = CachedEmbeddings(EmbeddingCache(LettersEncoder()))
+    for call in (lambda: cached.embed_query("oak"), lambda: cached.embed_documents(["oak", "elm"])):
+        with pytest.raises(ConfigError, match="the encoder gives sequences of different lengths"):
+            call()
 
 
 def test_other_embeddings_are_cached_by_their_function(tmp_path):

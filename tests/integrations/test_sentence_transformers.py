@@ -104,6 +104,7 @@ def test_no_inputs_give_what_the_model_gives(cached, plain):
     for given in ({}, {"convert_to_tensor": True}, {"convert_to_numpy": False}):
         one, other = cached.encode([], **given), plain.encode([], **given)
         assert type(one) is type(other) and len(one) == len(other) == 0
+        assert getattr(one, "dtype", None) == getattr(other, "dtype", None)
 
 
 def test_a_model_with_a_default_prompt_puts_it_before_each_text(plain, tmp_path):
@@ -183,9 +184,75 @@ def test_rows_in_memory_stay_while_a_context_truncates_others(path):
     assert computed(cached) == 2 * len(TEXTS)
 
 
+def test_numbers_may_be_those_of_numpy(cached, plain):
+    given = {"batch_size": np.int64(3)}
+    if "truncate_dim" in inspect.signature(SentenceTransformer.encode).parameters:
+        given["truncate_dim"] = np.int64(5)
+    assert same(cached.encode(TEXTS, **given), plain.encode(TEXTS, **given))
+
+
+def trained(model):
+    """Train a model in place, and freeze it again."""
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    mask = torch.ones(1, 3, dtype=torch.int64)
+    model({"input_ids": torch.tensor([[101, 2000, 102]]), "attention_mask": mask})[
+        "sentence_embedding"
+    ].sum().backward()
+    optimizer.step()
+    model.requires_grad_(False)
+
+
+def averaged(model):
+    """Write to all weights as averages of weights and merged adapters do, which no counter sees."""
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.arange(parameter.numel()).view_as(parameter) / parameter.numel())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [trained, averaged, lambda model: model.prompts.update(query="other: ")],
+    ids=["training", "averaging", "prompts"],
+)
+def test_a_model_that_was_changed_gives_its_own_rows_at_once(cached, plain, change):
+    before = cached.encode(TEXTS, prompt_name="query")
+    for model in (cached, plain):
+        change(model)
+    after = cached.encode(TEXTS, prompt_name="query")
+    assert np.allclose(after, plain.encode(TEXTS, prompt_name="query"), atol=1e-5)
+    assert not np.allclose(after, before, atol=1e-3)
+
+
 def test_a_model_in_training_mode_is_put_into_eval_mode_as_encode_does(cached, plain):
     cached.train()
     assert same(cached.encode(TEXTS), plain.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"device": ["cpu", "cpu"]},
+        {"pool": {"processes": []}},
+        {"task": "other"},
+        {"processing_kwargs": {}},
+        {"output_value": None},
+        {"output_value": "token_embeddings"},
+        {"prompt_name": "nothing_known"},
+    ],
+    ids=str,
+)
+def test_what_the_cache_has_no_rows_for_goes_to_the_model(cached, monkeypatch, given):
+    try:
+        inspect.signature(SentenceTransformer.encode).bind(cached, TEXTS, **given)
+    except TypeError:
+        pytest.skip("this version has no such argument")
+    monkeypatch.setattr(SentenceTransformer, "encode", lambda model, inputs, **others: (type(model), inputs, others))
+    assert cached.encode(TEXTS, **given) == (SentenceTransformer, TEXTS, given)
+
+
+def test_a_device_is_moved_to(cached):
+    with pytest.raises(RuntimeError, match="nowhere"):
+        cached.encode(TEXTS, device="nowhere")
 
 
 def test_unknown_arguments_and_prompts_are_refused_by_the_model_itself(cached):

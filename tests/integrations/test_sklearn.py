@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
@@ -93,6 +94,21 @@ def test_a_table_of_one_column_is_taken_and_one_of_several_refused():
     assert np.array_equal(transformer.transform(table[["text"]]), expected)
     with pytest.raises(ConfigError, match=r"X is a table of 2 columns; choose one: ColumnTransformer"):
         transformer.transform(table)
+
+
+def test_features_are_named_as_many_as_there_are():
+    maps = EmbeddingTransformer(lambda items: torch.ones(len(items), 2, 3))
+    with pytest.raises(NotFittedError, match="was not called yet, so how many features it gives is not known"):
+        maps.fit(TEXTS).get_feature_names_out()
+    assert maps.transform(TEXTS).shape == (60, 6) and len(maps.get_feature_names_out()) == 6
+    assert maps.transform([]).shape == (0, 6)
+    assert len(EmbeddingTransformer(HashingEncoder()).get_feature_names_out()) == 16
+
+
+def test_a_grid_may_be_an_array():
+    pipeline = make_pipeline(EmbeddingTransformer(HashingEncoder()), LogisticRegression(max_iter=1000))
+    grid = {"embeddingtransformer__batch_size": np.array([4, 8])}
+    assert GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(TEXTS, GROUPS).best_score_ > 0.8
 
 
 def test_a_setting_that_cannot_work_is_refused_when_it_is_fitted():
