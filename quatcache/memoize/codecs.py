@@ -16,6 +16,7 @@ import torch
 from quatcache.errors import BatchFunctionError, shorten
 from quatcache.memoize.results import Kind
 from quatcache.sequences import PaddedSequences
+from quatcache.store import DTYPES
 
 __all__ = ["CODECS", "Codec", "codec_of"]
 
@@ -37,13 +38,31 @@ class Codec(NamedTuple):
 
 
 def _rows_of_arrays(values: Sequence[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(values))
+    _check_alike(values, np.ndarray)
+    return _storable(torch.from_numpy(np.stack(values)))
 
 
 def _rows_of_tensors(values: Sequence[Any]) -> torch.Tensor:
+    _check_alike(values, torch.Tensor)
     if any(value.device.type != "cpu" for value in values):  # they would come back from the CPU
         raise ValueError(f"it is on {values[0].device}; return it with .cpu()")
-    return torch.stack([value.detach() for value in values])
+    return _storable(torch.stack(list(values)))
+
+
+def _check_alike(values: Sequence[Any], kind: type) -> None:
+    """Refuse what stacking would turn into something else."""
+    others = [type(value) for value in values if not isinstance(value, kind)]
+    if others:
+        raise TypeError(f"beside it is a {others[0].__name__}; return only such values")
+    dtypes = sorted({str(value.dtype) for value in values})
+    if len(dtypes) > 1:
+        raise TypeError(f"such values have dtypes {', '.join(dtypes)}; return one dtype")
+
+
+def _storable(rows: torch.Tensor) -> torch.Tensor:
+    if str(rows.dtype).removeprefix("torch.") not in DTYPES:
+        raise TypeError(f"its dtype is {rows.dtype}; return one of {', '.join(DTYPES)}")
+    return rows
 
 
 def _arrays(rows: torch.Tensor) -> list[Any]:
