@@ -80,6 +80,10 @@ def answering(
         Positions, whose values are to be sent back; or futures, which are to be waited for; or what is to be called,
         and may take long.
     """
+    found = store.get_many(keys)
+    if len(found.positions) == len(keys):  # mostly: what follows takes as long as some ten look-ups
+        hits: list[Any] = found.values
+        return hits
     asker = asker or Asker()
     claimed: list[Hashable] = []
     waiting: dict[int, Flight] = {}
@@ -96,7 +100,7 @@ def answering(
 
     turn = _Turn(store.alone)
     try:
-        asked = Dialogue(reading_through(keys, store, batches=batches))
+        asked = Dialogue(reading_through(keys, store, batches=batches, found=found))
         while asked.need is not None:
             needed = asked.need if places is None else places[asked.need]
             wanted = [keys[place] for place in asked.need.tolist()]

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 import pytest
 
 from quatcache import memoize_batch
+from quatcache.memoize import flights
 from quatcache.memoize.answers import answer_async, answering
-from quatcache.memoize.flights import SharedStore
+from quatcache.memoize.flights import Asker, SharedStore
 from quatcache.store import MemoryStore
 
 
@@ -211,6 +212,17 @@ def test_threads_in_functions_that_need_each_other_do_not_wait_for_ever():
     assert in_threads(lambda: one([5, 3]), lambda: other([4, 1])) == [[25, 5], [20, 0]]
 
 
+def test_what_is_computed_further_up_is_computed_again_with_the_rest():
+    batches = []
+
+    @memoize_batch("numbers")
+    def function(numbers):
+        batches.append(list(numbers))
+        return [-one for one in numbers] if 3 not in numbers else [sum(function([1, 2])), -2]
+
+    assert function([3, 2]) == [-3, -2] and batches == [[3, 2], [1, 2]]
+
+
 # tasks
 
 
@@ -231,8 +243,8 @@ def test_tasks_that_a_function_starts_do_not_wait_for_what_it_computes():
     assert asyncio.run(asyncio.wait_for(fibonacci([9, 7, 8]), 20)) == [34, 13, 21]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_task_that_was_forgotten_with_its_loop_gives_up_what_it_computed(caplog):
+@pytest.mark.filterwarnings("error")
+def test_task_that_was_forgotten_with_its_loop_gives_up_what_it_computed():
     forgotten = True
 
     @memoize_batch("batch")
@@ -420,3 +432,23 @@ def test_forked_process_does_not_wait_for_a_thread_that_it_does_not_have():
         gate.open.set()
         assert first.result(60) == ["A"]
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_forked_process_may_wait_though_another_thread_was_about_to():
+    with flights._WAITS:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if flights._WAITS.acquire(timeout=20) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_gives_up_leaves_what_another_has_claimed_since():
+    store, first, second = SharedStore(MemoryStore()), Asker(), Asker()
+    store.claim(["a"], first)
+    store.put_many(["a"], [1])
+    store.clear()
+    store.claim(["a"], second)
+    store.release(["a"], first)
+    assert not store.claim(["a"], Asker()).others[0].outcome.done()
