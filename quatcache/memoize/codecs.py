@@ -29,12 +29,18 @@ class Codec(NamedTuple):
         kind: What a function returns whose values are stored so: a list, an array or a tensor.
         encode: From n values to n rows or sequences.
         decode: From n rows or sequences to n values.
+        most: Values to encode or decode at once: sequences are padded to the longest of them.
     """
 
     name: str
     kind: Kind
     encode: Callable[[Sequence[Any]], Any]
     decode: Callable[[Any], list[Any]]
+    most: int = 1 << 20
+
+    def parts(self, count: int) -> list[slice]:
+        """Split so many values into those that are handled at once."""
+        return [slice(start, start + self.most) for start in range(0, count, self.most)]
 
 
 def _rows_of_arrays(values: Sequence[Any]) -> torch.Tensor:
@@ -112,7 +118,7 @@ def _check_json(part: Any, whole: Any) -> None:
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("list of json", list, _texts, _values),
+        Codec("list of json", list, _texts, _values, most=32),
         Codec("list of arrays", list, _rows_of_arrays, _arrays),
         Codec("list of tensors", list, _rows_of_tensors, _tensors),
         Codec("array", np.ndarray, _rows_of_arrays, _arrays),

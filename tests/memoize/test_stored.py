@@ -18,7 +18,7 @@ from filelock import FileLock
 from quatcache import BatchFunctionError, memoize_batch
 from quatcache.errors import ConfigError, StoreError
 from quatcache.memoize.stored import StoredValues
-from quatcache.store import CacheDirectory
+from quatcache.store import CacheDirectory, DiskStore, Found
 from quatcache.store.files import FILL_LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,6 +303,28 @@ def test_values_that_are_there_are_not_written_again(tmp_path):
         for new in (2, 3):
             values.put_many([(1, new), (1, 1)], ["new", "known"])
     assert [row.rows for row in values._rows.manifest.shards] == [2, 1]
+
+
+def test_one_long_value_does_not_make_all_others_as_long(tmp_path, monkeypatch):
+    widths, put, get = [], DiskStore.put_many, DiskStore.get_many
+
+    def noted(sequences):
+        widths.append(sequences.mask.numel())
+        return sequences
+
+    monkeypatch.setattr(DiskStore, "put_many", lambda store, keys, values: put(store, keys, noted(values)))
+    monkeypatch.setattr(
+        DiskStore, "get_many", lambda store, keys: Found((found := get(store, keys)).positions, noted(found.values))
+    )
+
+    def repeated(batch):
+        return ["x" * item for item in batch]
+
+    repeated.__qualname__ = "repeated"
+    asked = [*range(150), 5000, *range(150, 300)]
+    assert stored(repeated, tmp_path)(asked) == repeated(asked) == stored(repeated, tmp_path)(asked)
+    assert stored(repeated, tmp_path).cache_peek([1000, 299, 5000])[2] == "x" * 5000
+    assert max(widths) <= 32 * 5002 and len(widths) > 20
 
 
 def test_async_function_needs_no_thread_of_the_loop_and_gives_its_turn_back(tmp_path):
