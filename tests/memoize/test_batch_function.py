@@ -22,6 +22,10 @@ from hypothesis import strategies as st
 
 from quatcache import BatchFunctionError, cache_batch_variable, memoize_batch
 from quatcache.errors import BatchLengthError, ConfigError
+from quatcache.memoize.arguments import Call
+from quatcache.memoize.bounds import Bounds
+from quatcache.memoize.flights import Asker
+from quatcache.memoize.values import Values
 
 ITEMS = st.one_of(
     st.integers(-2, 3), st.booleans(), st.sampled_from([0.0, -0.0, 1.0, math.nan, "1", "a", b"a", None, (1,), (1.0,)])
@@ -588,6 +592,34 @@ def test_clearing_before_a_coroutine_starts_leaves_its_rows_rows():
         return await coroutine, await function([1])
 
     assert [type(one) for one in asyncio.run(main())] == [np.ndarray] * 2
+
+
+def test_clearing_between_a_computation_and_its_end_leaves_its_kind_known():
+    values, call = Values(Bounds()), Call(["a"], (), (), {}, 0)
+    values.store.claim(["a"], Asker())
+    values.context(call).kind = np.ndarray
+    values.clear()
+    assert values.context(call).kind is np.ndarray
+
+
+def test_coroutine_that_is_older_than_the_cache_returns_what_newer_calls_do():
+    kinds = [list]
+
+    @memoize_batch("batch")
+    async def function(batch):
+        return kinds[-1](batch)
+
+    async def main():
+        await function([0])
+        coroutine = function([1])
+        function.cache_clear()
+        kinds.append(np.array)
+        await function([2])
+        kinds.append(list)
+        with pytest.raises(BatchFunctionError, match="returned a list, and a ndarray before"):
+            await coroutine
+
+    asyncio.run(main())
 
 
 # methods
