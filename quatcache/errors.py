@@ -123,5 +123,8 @@ def shorten(value: Any) -> str:
         >>> shorten("a" * 100)[-5:]
         'aa...'
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a message about a value must not fail for it: a huge number has no digits, for instance
+        text = object.__repr__(value)
     return text if len(text) <= 80 else text[:77] + "..."

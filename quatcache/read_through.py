@@ -22,7 +22,7 @@ from quatcache.errors import BatchLengthError, ConfigError
 from quatcache.keys import KeyArray, distinct
 from quatcache.store.protocol import Found, Positions, Store
 
-__all__ = ["Counts", "fill_through", "read_through", "reading_through"]
+__all__ = ["Counts", "Dialogue", "fill_through", "read_through", "reading_through"]
 
 Keys = TypeVar("Keys", bound="KeyArray | Sequence[Hashable]")
 Values = TypeVar("Values")
@@ -56,6 +56,41 @@ class Counts:
             self.duplicates + other.duplicates,
             self.computed + other.computed,
         )
+
+
+class Dialogue:
+    """A generator that says what it needs, as an object that is replied to.
+
+    Args:
+        steps: Yields what it needs, is sent what that gave, and returns a result.
+
+    Attributes:
+        need: What it needs now; None: nothing more.
+        result: What it returned.
+
+    Example:
+        >>> from quatcache.store import MemoryStore
+        >>> asked = Dialogue(reading_through(["one", "two"], MemoryStore()))
+        >>> asked.need.tolist()
+        [0, 1]
+        >>> asked.reply([1, 2])
+        >>> asked.need, asked.result
+        (None, [1, 2])
+    """
+
+    def __init__(self, steps: Generator[Any, Any, Any]) -> None:
+        """Have the first need said."""
+        self._steps = steps
+        self.need: Any = None
+        self.result: Any = None
+        self.reply(None)
+
+    def reply(self, given: Any) -> None:
+        """Give what was needed, and have the next need said."""
+        try:
+            self.need = self._steps.send(given)
+        except StopIteration as end:
+            self.need, self.result = None, end.value
 
 
 def read_through(
@@ -156,15 +191,11 @@ def fill_through(
 
 def _run(steps: Generator[Positions, Any, Answer], compute: Callable[[Positions], Any]) -> Answer:
     """Compute whatever is asked for, and give the answer."""
-    values = None
-    while True:
-        try:
-            positions = steps.send(values)
-        except StopIteration as end:
-            answer: Answer = end.value
-            return answer
-        values = None  # a fill has room for one batch at a time
-        values = compute(positions)
+    asked = Dialogue(steps)
+    while asked.need is not None:
+        asked.reply(compute(asked.need))  # no name for the values: a fill has room for one batch at a time
+    answer: Answer = asked.result
+    return answer
 
 
 def _compute(

@@ -44,6 +44,10 @@ def test_short_values_are_shown_whole(value, shown):
     assert shorten(value) == shown
 
 
+def test_value_that_cannot_be_shown_does_not_hide_the_message():
+    assert shorten(10**5000).startswith("<int object at ")
+
+
 def test_long_values_are_cut_at_80_characters():
     assert shorten("b" * 79) == "'" + "b" * 76 + "..."
     assert len(shorten(list(range(1000)))) == 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 
 import numpy as np
 import pytest
@@ -127,6 +128,23 @@ def test_fill_reads_no_value():
     store = Unreadable({"a": 1})
     counts = fill_through(["a", "b", "b"], lambda positions: [2] * len(positions), store)
     assert counts == Counts(asked=3, hits=1, duplicates=1, computed=1)
+
+
+def test_fill_keeps_one_batch_of_values_at_a_time():
+    class Declining(MemoryStore):
+        def put_many(self, keys, values):
+            pass
+
+    before = []
+
+    def compute(positions):
+        assert all(reference() is None for reference in before)
+        values = torch.zeros(len(positions))
+        before.append(weakref.ref(values))
+        return values
+
+    fill_through(list("abc"), compute, Declining(), batches=1)
+    assert len(before) == 3
 
 
 def test_counts_add_up():

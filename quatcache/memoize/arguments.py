@@ -13,8 +13,11 @@ import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, get_origin
 
+import numpy as np
+
 from quatcache.errors import BatchFunctionError, shorten
 from quatcache.memoize.item_keys import key_of
+from quatcache.store import Positions
 
 __all__ = ["BatchArgument", "Call"]
 
@@ -25,7 +28,7 @@ class Call(NamedTuple):
     """One call of a batch function.
 
     Attributes:
-        batch: What was given as the batch: a sequence of N items.
+        batch: The N items, as they were when it was called: the caller, or the function, may change its own list.
         others: Key of all other arguments.
         args: Positional arguments, the batch among them perhaps.
         kwargs: Arguments by name.
@@ -38,8 +41,9 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any]
     place: int | str
 
-    def with_batch(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Give the arguments of the same call with another batch."""
+    def with_items(self, positions: Positions) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Give the arguments of the same call for some of its items, in a batch of the same type."""
+        batch = _some(self.batch, positions)
         if isinstance(self.place, str):
             return self.args, {**self.kwargs, self.place: batch}
         return (*self.args[: self.place], batch, *self.args[self.place + 1 :]), self.kwargs
@@ -54,6 +58,7 @@ class BatchArgument:
 
     Attributes:
         name: As given.
+        is_after_self: Whether the first argument is called ``self``, as that of a method is, also below a decorator.
 
     Raises:
         BatchFunctionError: The function has no such argument, or its annotations say that this is no batch, or that it
@@ -70,6 +75,11 @@ class BatchArgument:
         """Read the signature."""
         self.name = name
         self._called = getattr(function, "__qualname__", repr(function))
+        if isinstance(function, staticmethod | classmethod):
+            kind = type(function).__name__
+            raise BatchFunctionError(
+                f"{self._called} is a {kind} already; put @{kind} above the decorator that caches."
+            )
         try:
             self._signature = inspect.signature(function)
         except (TypeError, ValueError) as error:
@@ -77,6 +87,7 @@ class BatchArgument:
                 f"{self._called} has no signature to read; wrap it in a function with an argument {name!r}."
             ) from error
         parameters = self._signature.parameters
+        self.is_after_self = next(iter(parameters), None) == "self"
         own = parameters.get(name)
         if own is None or own.kind in _VARIADIC:
             self._rest = next((one.name for one in parameters.values() if one.kind is one.VAR_KEYWORD), None)
@@ -134,6 +145,7 @@ class BatchArgument:
                 f"{self._called} was given {self.name}={shorten(batch)}, a {type(batch).__name__}; give a list of "
                 "items."
             )
+        batch = _as_it_is_now(batch)
         if self._usual is not None and len(args) + len(kwargs) == 1:
             return Call(batch, self._usual, args, kwargs, place)
         return Call(batch, self._key(self.others(args, kwargs)), args, kwargs, place)
@@ -167,7 +179,24 @@ class BatchArgument:
 
 
 def _is_sequence(batch: Any) -> bool:
-    return isinstance(batch, Sequence) or (hasattr(batch, "shape") and hasattr(batch, "__getitem__") and batch.ndim > 0)
+    if isinstance(batch, Sequence):
+        return True
+    # the elements of a data frame are its columns
+    return hasattr(batch, "__getitem__") and getattr(batch, "ndim", 0) > 0 and not hasattr(batch, "columns")
+
+
+def _as_it_is_now(batch: Any) -> Any:
+    if isinstance(batch, tuple):
+        return batch
+    return list(batch) if isinstance(batch, Sequence) else _some(batch, np.arange(len(batch)))
+
+
+def _some(batch: Any, positions: Positions) -> Any:
+    """Give some items of a batch, in a batch of the same type; a list for what is no tuple, array or tensor."""
+    if hasattr(batch, "shape"):
+        return getattr(batch, "iloc", batch)[positions]  # a series would take positions for labels
+    some = [batch[place] for place in positions.tolist()]
+    return tuple(some) if isinstance(batch, tuple) else some
 
 
 def _may_be_batch(annotation: Any) -> bool:

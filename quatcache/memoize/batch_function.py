@@ -15,9 +15,9 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from quatcache.errors import BatchFunctionError, ConfigError
+from quatcache.errors import BatchFunctionError, ConfigError, shorten
 from quatcache.memoize.answers import answer, answer_async, answering
 from quatcache.memoize.arguments import BatchArgument, Call
 from quatcache.memoize.bounds import Bounds, CacheInfo, checked_batch_size
@@ -27,6 +27,9 @@ from quatcache.memoize.values import Context, StoredContext, StoredContexts, Val
 from quatcache.store import Positions
 
 __all__ = ["BatchFunction", "cache_batch_variable", "memoize_batch"]
+
+Kept: TypeAlias = Values | StoredContexts
+Noted: TypeAlias = Context | StoredContext
 
 
 def memoize_batch(
@@ -74,8 +77,8 @@ def memoize_batch(
         A decorator for functions, methods and ``async`` functions.
 
     Raises:
-        ConfigError: A bound that cannot be, or two of them; a bound with ``save_dir``; a ``save_dir`` without a
-            version, or for a function without a name that other processes know.
+        ConfigError: A bound that cannot be, or two of them; a key that is no function; a bound with ``save_dir``; a
+            ``save_dir`` without a version, or for a function without a name that other processes know.
         BatchFunctionError: When it decorates: the function has no such argument, or its annotations name no list. When
             it is called: the batch is missing or no sequence, an argument has no key, or what was returned is neither a
             list nor rows.
@@ -96,6 +99,12 @@ def memoize_batch(
         >>> lengths.cache_info()
         CacheInfo(hits=1, misses=3, maxsize=1000, currsize=3)
     """
+    if not isinstance(batch, str):
+        raise BatchFunctionError(
+            f"{shorten(batch)} is no name of an argument; write @memoize_batch('texts') if texts is the batch."
+        )
+    if key is not None and not callable(key):
+        raise ConfigError(f"key is {shorten(key)}; give a function from an item to what stands for it, or None.")
     bounds = Bounds(maxsize, max_bytes, ttl, getsizeof, time_func)
     if save_dir is not None and not bounds.are_none:
         raise ConfigError(
@@ -182,11 +191,9 @@ class BatchFunction:
         self._bounds = bounds
         self._key = key
         self._batch_size = checked_batch_size(batch_size)
-        self._values: Values | StoredContexts = (
-            Values(bounds) if stored is None else StoredContexts(stored, self._argument)
-        )
+        self._values: Kept = Values(bounds) if stored is None else StoredContexts(stored, self._argument)
         self._instances: dict[_Instance, Values] = {}
-        self._is_method = False
+        self._is_method = self._argument.is_after_self
         self._is_async = inspect.iscoroutinefunction(function)
         if self._is_async:
             _mark_async(self)
@@ -208,30 +215,31 @@ class BatchFunction:
         context = values.context(call)
         steps = answering(context.keys(call.batch, self._key), context.store, self._batch_size)
         if self._is_async:
-            return self._call_async(steps, context, call)
+            return self._call_async(steps, values, context, call)
 
         def compute(positions: Positions) -> list[Any]:
-            given, named = call.with_batch(_some(call.batch, positions))
-            return self._returned(context, positions, self._function(*given, **named))
+            given, named = call.with_items(positions)
+            return self._returned(values, context, call, positions, self._function(*given, **named))
 
         return answer_of(self._name, answer(steps, compute), context.kind)
 
-    async def _call_async(self, steps: Any, context: Context | StoredContext, call: Call) -> Any:
+    async def _call_async(self, steps: Any, values: Kept, context: Noted, call: Call) -> Any:
         async def compute(positions: Positions) -> list[Any]:
-            given, named = call.with_batch(_some(call.batch, positions))
-            return self._returned(context, positions, await self._function(*given, **named))
+            given, named = call.with_items(positions)
+            returned = await self._function(*given, **named)
+            return self._returned(values, context, call, positions, returned)
 
         answers = await answer_async(steps, compute)
         return answer_of(self._name, answers, context.kind)
 
-    def _returned(self, context: Context | StoredContext, positions: Positions, returned: Any) -> list[Any]:
-        found, context.kind = values_of(self._name, returned, len(positions), context.kind)
+    def _returned(self, values: Kept, context: Noted, call: Call, positions: Positions, returned: Any) -> list[Any]:
+        now = values.context(call)  # another one if the cache was cleared since the call began
+        found, kind = values_of(self._name, returned, len(positions), now.kind or context.kind)
+        context.kind = now.kind = kind
         context.store.count_computed(len(found))
         return found
 
-    def _ask(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_method: bool
-    ) -> tuple[Values | StoredContexts, Call]:
+    def _ask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_method: bool) -> tuple[Kept, Call]:
         """Find the values that a call is about, and take it apart."""
         if not is_method or not args:
             return self._values, self._argument.take(args, kwargs)
@@ -261,7 +269,7 @@ class BatchFunction:
         """Count hits, misses and what is kept; of a method over all instances that are alive."""
         return self._info([self._values, *self._instances.values()])
 
-    def _info(self, kept: Sequence[Values | StoredContexts]) -> CacheInfo:
+    def _info(self, kept: Sequence[Kept]) -> CacheInfo:
         stores = [store for values in kept for store in values.stores]
         hits, misses = sum(store.hits for store in stores), sum(store.computed for store in stores)
         return CacheInfo(hits, misses, self._bounds.most, sum(values.size for values in kept))
@@ -324,14 +332,6 @@ class _Bound:
     def cache_peek(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
         """Give the values that a call would find, by the position of their item; compute and touch nothing."""
         return self.__func__._peek((self.__self__, *args), kwargs, is_method=True)
-
-
-def _some(batch: Any, positions: Positions) -> Any:
-    """Give some items of a batch, in a batch of the same type; a list for what is no tuple, array or tensor."""
-    if hasattr(batch, "shape"):
-        return batch[positions]
-    some = [batch[place] for place in positions.tolist()]
-    return tuple(some) if isinstance(batch, tuple) else some
 
 
 def _mark_async(function: Any) -> None:

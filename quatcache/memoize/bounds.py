@@ -68,7 +68,7 @@ class Bounds:
             raise ConfigError(
                 f"maxsize is {self.maxsize!r}; give a number of values, at least 0, or None for no bound."
             )
-        if self.ttl is not None and not self.ttl > 0:
+        if self.ttl is not None and not (isinstance(self.ttl, int | float) and self.ttl > 0):
             raise ConfigError(f"ttl is {self.ttl!r}; give seconds, more than 0, or None to keep values for ever.")
         if self.max_bytes is not None:
             object.__setattr__(self, "max_bytes", _checked_bytes(self.max_bytes))

@@ -16,6 +16,7 @@ import torch
 from quatcache.errors import BatchFunctionError, shorten
 from quatcache.memoize.results import Kind
 from quatcache.sequences import PaddedSequences
+from quatcache.store import DTYPES
 
 __all__ = ["CODECS", "Codec", "codec_of"]
 
@@ -28,22 +29,46 @@ class Codec(NamedTuple):
         kind: What a function returns whose values are stored so: a list, an array or a tensor.
         encode: From n values to n rows or sequences.
         decode: From n rows or sequences to n values.
+        most: Values to encode or decode at once: sequences are padded to the longest of them.
     """
 
     name: str
     kind: Kind
     encode: Callable[[Sequence[Any]], Any]
     decode: Callable[[Any], list[Any]]
+    most: int = 1 << 20
+
+    def parts(self, count: int) -> list[slice]:
+        """Split so many values into those that are handled at once."""
+        return [slice(start, start + self.most) for start in range(0, count, self.most)]
 
 
 def _rows_of_arrays(values: Sequence[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(values))
+    _check_alike(values, np.ndarray)
+    return _storable(torch.from_numpy(np.stack(values)))
 
 
 def _rows_of_tensors(values: Sequence[Any]) -> torch.Tensor:
+    _check_alike(values, torch.Tensor)
     if any(value.device.type != "cpu" for value in values):  # they would come back from the CPU
         raise ValueError(f"it is on {values[0].device}; return it with .cpu()")
-    return torch.stack([value.detach() for value in values])
+    return _storable(torch.stack(list(values)))
+
+
+def _check_alike(values: Sequence[Any], kind: type) -> None:
+    """Refuse what stacking would turn into something else."""
+    others = [type(value) for value in values if not isinstance(value, kind)]
+    if others:
+        raise TypeError(f"beside it is a {others[0].__name__}; return only such values")
+    dtypes = sorted({str(value.dtype) for value in values})
+    if len(dtypes) > 1:
+        raise TypeError(f"such values have dtypes {', '.join(dtypes)}; return one dtype")
+
+
+def _storable(rows: torch.Tensor) -> torch.Tensor:
+    if str(rows.dtype).removeprefix("torch.") not in DTYPES:
+        raise TypeError(f"its dtype is {rows.dtype}; return one of {', '.join(DTYPES)}")
+    return rows
 
 
 def _arrays(rows: torch.Tensor) -> list[Any]:
@@ -93,7 +118,7 @@ def _check_json(part: Any, whole: Any) -> None:
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("list of json", list, _texts, _values),
+        Codec("list of json", list, _texts, _values, most=32),
         Codec("list of arrays", list, _rows_of_arrays, _arrays),
         Codec("list of tensors", list, _rows_of_tensors, _tensors),
         Codec("array", np.ndarray, _rows_of_arrays, _arrays),

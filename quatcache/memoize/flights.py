@@ -1,40 +1,108 @@
 """One computation per key at a time: who asks for what another thread or task is computing waits for that.
 
 Each call computes what it has claimed before it waits for others, and what it computed is there for all at once. So no
-two calls wait for each other. What a call could not compute it gives up, and those who waited for it compute it.
+two calls wait for each other, unless a function calls itself or another one: a call that would be waited for by what it
+waits for computes the value once more instead. What a call could not compute it gives up, and those who waited for it
+compute it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from quatcache.store import Found, Positions
 
-__all__ = ["Abandoned", "Claims", "SharedStore"]
+__all__ = ["Abandoned", "Asker", "Claims", "Flight", "SharedStore"]
 
 
 class Abandoned(Exception):
     """Whoever was computing a value gave it up. Internal: those who wait for it see it, and compute the value."""
 
 
-class _Flight(NamedTuple):
+class Asker:
+    """One call that asks for values.
+
+    Attributes:
+        above: The call whose function made this one, be it in a task of its own; None: none did.
+        overtaken: What it does not wait for, though another call computes it.
+    """
+
+    def __init__(self) -> None:
+        """Ask from where the caller is."""
+        self.above = _COMPUTING.get()
+        self.overtaken: set[Future[Any]] = set()
+        self._needs: list[list[Flight]] = []
+
+    @property
+    def line(self) -> Iterator[Asker]:
+        """This call, the one above it, and so on."""
+        one: Asker | None = self
+        while one is not None:
+            yield one
+            one = one.above
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Have calls that the function makes meanwhile know that they are below this one."""
+        token = _COMPUTING.set(self)
+        try:
+            yield
+        finally:
+            with suppress(ValueError):  # a task that was forgotten is closed wherever garbage is collected
+                _COMPUTING.reset(token)
+
+    @contextmanager
+    def waiting(self, flights: Iterable[Flight]) -> Iterator[list[Future[Any]]]:
+        """Give the outcomes to wait for; those that wait for this call, or for one above it, are overtaken."""
+        line = list(self.line)
+        with _WAITS:  # of calls that wait in a ring, the last one to start sees it
+            flying = [flight for flight in flights if not flight.outcome.done()]
+            ring = {owner for owner in {flight.owner for flight in flying} if owner._needs_one_of(line)}
+            self.overtaken.update(flight.outcome for flight in flying if flight.owner in ring)
+            waits = [flight for flight in flying if flight.owner not in ring]
+            for one in line:
+                one._needs.append(waits)
+        try:
+            yield [flight.outcome for flight in waits]
+        finally:
+            with _WAITS:
+                for one in line:
+                    one._needs.remove(waits)
+
+    def _needs_one_of(self, line: list[Asker]) -> bool:
+        seen: set[Asker] = set()
+        to_see = [self]
+        while to_see:
+            one = to_see.pop()
+            if one in line:
+                return True
+            if one not in seen:
+                seen.add(one)
+                to_see += [flight.owner for waits in one._needs for flight in waits if not flight.outcome.done()]
+        return False
+
+
+_COMPUTING: ContextVar[Asker | None] = ContextVar("quatcache_computing", default=None)
+
+
+class Flight(NamedTuple):
     """The computation of one key.
 
     Attributes:
-        owner: The thread or task that computes it.
+        owner: The call that computes it.
         outcome: Its value.
     """
 
-    owner: object
+    owner: Asker
     outcome: Future[Any]
 
 
@@ -43,20 +111,11 @@ class Claims(NamedTuple):
 
     Attributes:
         own: Positions of those that the caller is to compute.
-        others: Futures of the values of all others, by position.
+        others: What computes, or has computed, all others, by position.
     """
 
     own: Positions
-    others: dict[int, Future[Any]]
-
-
-def _me() -> object:
-    """Name the task that runs, or else the thread."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        task = None
-    return task or threading.get_ident()
+    others: dict[int, Flight]
 
 
 class ValueStore(Protocol):
@@ -104,7 +163,7 @@ class SharedStore:
     Example:
         >>> from quatcache.store import MemoryStore
         >>> shared = SharedStore(MemoryStore())
-        >>> claims = shared.claim(["a", "b"])
+        >>> claims = shared.claim(["a", "b"], Asker())
         >>> claims.own.tolist(), claims.others
         ([0, 1], {})
         >>> shared.put_many(["a", "b"], [1, 2])
@@ -118,7 +177,7 @@ class SharedStore:
         self.alone = alone
         self.lock = threading.RLock()
         self.hits = self.computed = 0
-        self._flights: dict[Hashable, _Flight] = {}
+        self._flights: dict[Hashable, Flight] = {}
         _OF_THIS_PROCESS.add(self)
 
     def __len__(self) -> int:
@@ -156,34 +215,42 @@ class SharedStore:
         """Put values in the order of their positions."""
         return self._store.assemble(size, parts)
 
-    def claim(self, keys: Sequence[Hashable]) -> Claims:
+    def claim(self, keys: Sequence[Hashable], asker: Asker) -> Claims:
         """Take over the computation of distinct keys that were missing, unless another has it, or has done it since.
 
-        What the caller is computing already, in a call further up, it has to compute once more: nobody else would.
+        What is computed in a call further up has to be computed once more: that one waits for this.
         """
-        me, own, others = _me(), [], {}
+        own, others, line = [], {}, set(asker.line)
         with self.lock:
             found = self._store.get_many(keys)
             there = dict(zip(found.positions.tolist(), found.values, strict=True))
             for place, key in enumerate(keys):
                 flight = self._flights.get(key)
                 if place in there:
-                    others[place] = _done(there[place])
-                elif flight is None or flight.owner == me:
+                    others[place] = Flight(asker, Future())
+                    others[place].outcome.set_result(there[place])
+                elif flight is None or flight.owner in line or flight.outcome in asker.overtaken:
                     if flight is None:
-                        self._flights[key] = _flight(me)
+                        self._flights[key] = _flight(asker)
                     own.append(place)
                 else:
-                    others[place] = flight.outcome
+                    others[place] = flight
         return Claims(np.array(own, np.int64), others)
 
-    def release(self, keys: Iterable[Hashable]) -> None:
-        """Give up what the caller has claimed and not put."""
-        me = _me()
+    def release(self, keys: Iterable[Hashable], asker: Asker) -> None:
+        """Give up what a call has claimed and not put."""
         with self.lock:
-            left = [self._flights.pop(key) for key in keys if (flight := self._flights.get(key)) and flight.owner == me]
+            left = [
+                self._flights.pop(key) for key in keys if (flight := self._flights.get(key)) and flight.owner is asker
+            ]
         for flight in left:
             flight.outcome.set_exception(Abandoned())
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether values are being computed."""
+        with self.lock:
+            return bool(self._flights)
 
     def count_computed(self, number: int) -> None:
         """Note that values were computed."""
@@ -202,22 +269,21 @@ class SharedStore:
         self._flights = {}
 
 
-def _flight(owner: object) -> _Flight:
+def _flight(owner: Asker) -> Flight:
     outcome: Future[Any] = Future()
     outcome.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
-    return _Flight(owner, outcome)
+    return Flight(owner, outcome)
 
 
-def _done(value: Any) -> Future[Any]:
-    outcome: Future[Any] = Future()
-    outcome.set_result(value)
-    return outcome
-
+_WAITS = threading.Lock()
+"""Held while it is noted, in all stores together, who waits for whom."""
 
 _OF_THIS_PROCESS: weakref.WeakSet[SharedStore] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    global _WAITS
+    _WAITS = threading.Lock()
     for store in list(_OF_THIS_PROCESS):
         store._start_over()
 

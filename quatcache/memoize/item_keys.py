@@ -1,13 +1,16 @@
 """Hashable keys of items and arguments: equal keys for what a function cannot tell apart, and for nothing else.
 
-Python's own equality is too wide: ``1 == 1.0 == True``, and ``0.0 == -0.0``, for which ``1 / x`` differs. And it is too
-narrow for what can change: a list has no hash, and a tensor is equal to itself alone, until another one lies where it
-was. So keys have the type beside the value, and what is mutable goes by its content.
+Python's own equality is too wide: ``1 == 1.0 == True``, ``0.0 == -0.0``, for which ``1 / x`` differs, and noon in
+London is 1 pm in Paris. And it is too narrow for what can change: a list has no hash, and a tensor is equal to itself
+alone, until another one lies where it was. So keys have the type beside the value, and what is mutable goes by its
+content.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Hashable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from quatcache.errors import BatchFunctionError, KeyTypeError, shorten
@@ -18,7 +21,10 @@ __all__ = ["item_keys", "key_of"]
 _AS_THEY_ARE = (str, bytes)
 """Types whose values are keys themselves: all other keys are tuples."""
 
-_BY_VALUE = (int, bool, type(None), complex, type, range)
+_BY_VALUE = (int, bool, type(None), type)
+
+_BY_REPR = (complex, range, Decimal)
+"""Types with unlike values that are equal, or with values that are not equal to themselves."""
 
 
 def item_keys(items: Sequence[Any], key: Callable[[Any], Any] | None = None) -> Sequence[Hashable]:
@@ -67,8 +73,14 @@ def key_of(value: Any) -> Hashable:
         return kind, value
     if kind is float:
         return kind, value.hex()  # one key for every NaN, two for the zeros
-    if kind is tuple or kind is frozenset:
-        return kind, kind(map(key_of, value))
+    if kind in _BY_REPR:
+        return kind, repr(value)
+    if isinstance(value, datetime.datetime | datetime.time):  # equal in all time zones
+        return kind, value, repr(value)
+    if isinstance(value, tuple) and type(value).__eq__ == tuple.__eq__:  # named tuples as well
+        return kind, tuple(map(key_of, value))
+    if kind is frozenset:
+        return kind, frozenset(map(key_of, value))
     if not hasattr(value, "__array__"):  # a tensor has a hash, which says nothing of what is in it
         try:
             hash(value)

@@ -1,7 +1,8 @@
 """What a batch function returns: a list of values, or one array or tensor of rows.
 
-Values are kept one by one. Rows are copied when they are kept: a view of a row would keep all rows of its batch in
-memory. The answer is of the kind that the function gives, so that nobody notices who answered.
+Values are kept one by one. Rows are copied when they are kept, and so are views in a list: a view would keep all rows
+of its batch in memory, and change with them. The answer is of the kind that the function gives, so that nobody notices
+who answered.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def values_of(name: str, returned: Any, count: int, known: Kind | None) -> tuple
         kind = list
     elif isinstance(returned, torch.Tensor):
         kind = torch.Tensor
-    elif isinstance(returned, np.ndarray):
+    elif type(returned) in (np.ndarray, np.memmap):  # a mask, for instance, would be lost
         kind = np.ndarray
     else:
         raise BatchFunctionError(
@@ -64,16 +65,27 @@ def values_of(name: str, returned: Any, count: int, known: Kind | None) -> tuple
         raise BatchFunctionError(
             f"{name} returned a {kind.__name__}, and a {known.__name__} before; return the same for every batch."
         )
-    if kind is list:
-        return list(returned), kind
-    if kind is np.ndarray:
-        return [row.copy() for row in returned], kind
-    if returned.requires_grad:
+    if any(isinstance(one, torch.Tensor) and one.requires_grad for one in (returned if kind is list else [returned])):
         raise BatchFunctionError(
             f"{name} returned a tensor that requires grad, and what a cache keeps has no graph; compute it under "
             "torch.no_grad()."
         )
+    if kind is list:
+        return list(map(_apart, returned)), kind
+    if kind is np.ndarray:
+        return [
+            returned[place, ...].copy() for place in range(count)
+        ], kind  # ...: a number is an array, with its dtype
     return [row.clone() for row in returned], kind
+
+
+def _apart(value: Any) -> Any:
+    """Copy an array or a tensor that is a part of a larger one."""
+    if type(value) in (np.ndarray, np.memmap):
+        return value if value.base is None else np.array(value)
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        return value if value.untyped_storage().nbytes() <= value.nbytes else value.clone()
+    return value
 
 
 def answer_of(name: str, values: list[Any], kind: Kind | None) -> Any:

@@ -148,8 +148,13 @@ class StoredValues:
         """Give the hits only."""
         if self._codec is None:
             return Found(np.empty(0, np.int64), [])
-        positions, rows = self._rows.get_many(_array(keys))
-        return Found(positions, self._codec.decode(rows) if len(positions) else [])
+        positions, values = [np.empty(0, np.int64)], list[Any]()
+        for part in self._codec.parts(len(keys)):
+            found, rows = self._rows.get_many(_array(keys[part]))
+            if len(found):
+                positions.append(found + part.start)
+                values += self._codec.decode(rows)
+        return Found(np.concatenate(positions), values)
 
     def put_many(self, keys: Sequence[StoredKey], values: Sequence[Any]) -> None:
         """Store values and commit them; what is there already stays.
@@ -167,7 +172,9 @@ class StoredValues:
         if self._codec is None:
             rows = self._directory.store(self._digest, {**self._facts, "values": codec.name})
         try:
-            rows.put_many(_array(keys)[fresh], codec.encode(some))
+            parts = [(part, codec.encode(some[part])) for part in codec.parts(len(some))]
+            for part, encoded in parts:  # all can be stored
+                rows.put_many(_array(keys)[fresh[part]], encoded)
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, BatchFunctionError):
                 raise

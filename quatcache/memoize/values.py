@@ -149,6 +149,8 @@ class Values:
         """Forget everything; a call that is under way stores what it computes all the same."""
         with self.store.lock:
             self.store.clear()
+            if self.store.is_computing:  # its values will be of the kind that is known
+                return
             self._contexts = {others: Context(self.store, one.number) for others, one in self._contexts.items()}
 
 

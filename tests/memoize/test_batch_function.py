@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import copy
 import dataclasses
+import datetime
 import gc
 import math
+import operator
 import pickle
 import weakref
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -15,8 +20,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quatcache import BatchFunctionError, memoize_batch
+from quatcache import BatchFunctionError, cache_batch_variable, memoize_batch
 from quatcache.errors import BatchLengthError, ConfigError
+from quatcache.memoize.arguments import Call
+from quatcache.memoize.bounds import Bounds
+from quatcache.memoize.flights import Asker
+from quatcache.memoize.values import Values
 
 ITEMS = st.one_of(
     st.integers(-2, 3), st.booleans(), st.sampled_from([0.0, -0.0, 1.0, math.nan, "1", "a", b"a", None, (1,), (1.0,)])
@@ -127,7 +136,89 @@ def test_tuples_and_arrays_reach_the_function_as_they_are():
     assert seen[3].tolist() == [[5, 6]]
 
 
+@pytest.mark.parametrize("make", [list, collections.deque, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_batch_that_changes_meanwhile_is_answered_as_it_was(make):
+    batch, seen = make([1, 2, 3]), []
+
+    @memoize_batch("numbers", batch_size=1)
+    def function(numbers):
+        (number,) = map(int, numbers)
+        seen.append(number)
+        batch[2 if number < 3 else 0] = 9
+        return [-number]
+
+    assert function(batch) == [-1, -2, -3] and seen == [1, 2, 3]
+    assert function([9]) == [-9]
+
+
+def test_function_may_empty_the_list_that_the_caller_gave():
+    waiting = ["a", "b"]
+
+    @memoize_batch("batch")
+    def function(batch):
+        waiting.clear()
+        return [item.upper() for item in batch]
+
+    assert function(waiting) == ["A", "B"] and function.cache_peek(["b"]) == {0: "B"}
+
+
+def test_series_goes_by_its_elements_whatever_its_labels():
+    pandas = pytest.importorskip("pandas")
+    record = Recorder(lambda batch: [item.upper() for item in batch])
+    function = memoized(record)
+    function(["c"])
+    assert function(pandas.Series(["a", "b", "c"], index=[2, 0, 1])) == ["A", "B", "C"]
+    with pytest.raises(BatchFunctionError, match="a DataFrame; give a list of items"):
+        function(pandas.DataFrame({"a": [1, 2], "b": [3, 4]}))
+
+
+def test_order_of_further_arguments_is_none():
+    record = []
+
+    @memoize_batch("batch")
+    def function(batch, **options):
+        record.append(options)
+        return batch
+
+    function([1], a=1, b=2), function([1], b=2, a=1)
+    assert len(record) == 1
+
+
 # items
+
+
+Named = collections.namedtuple("Named", "field")
+NOON = datetime.datetime(2020, 1, 1, 12, tzinfo=datetime.timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Named(1), Named(1.0)),
+        (Named(0.0), Named(-0.0)),
+        (frozenset([1]), frozenset([True])),
+        (Decimal("1.0"), Decimal("1.00")),
+        (complex(0, 0.0), complex(0, -0.0)),
+        (range(0), range(1, 1)),
+        (NOON, NOON.astimezone(datetime.timezone(datetime.timedelta(hours=1)))),
+        (NOON.timetz(), NOON.astimezone(datetime.timezone(datetime.timedelta(hours=1))).timetz()),
+    ],
+)
+def test_equal_items_that_a_function_can_tell_apart_are_two(one, other):
+    assert one == other
+    record = Recorder(lambda batch: list(map(repr, batch)))
+    function = memoized(record)
+    assert function([one, other]) == function([one, other]) == [repr(one), repr(other)]
+    function([copy.deepcopy(one)])
+    assert len(record.batches) == 1
+
+
+@pytest.mark.parametrize("item", [complex(math.nan, 1), Decimal("nan"), Decimal("snan"), Named([1])])
+def test_item_that_python_does_not_find_again_is_found(item):
+    record = Recorder()
+    function = memoized(record)
+    function([item]), function([copy.copy(item)])
+    assert len(record.batches) == 1
 
 
 @pytest.mark.parametrize("make", [lambda: [1, 2], lambda: {"a": 1}, lambda: np.arange(3), lambda: torch.arange(3)])
@@ -193,21 +284,42 @@ def test_changing_an_answer_of_rows_changes_no_later_one():
     assert function(["a"]).tolist() == [[1.0, 1.0]]
 
 
-def test_rows_do_not_keep_their_batch_alive():
-    whole = []
+@pytest.mark.parametrize("kept_as", [lambda rows: rows, list, tuple], ids=["rows", "list", "tuple"])
+@pytest.mark.parametrize("make", [np.ones, torch.ones], ids=["array", "tensor"])
+def test_rows_neither_keep_their_batch_alive_nor_change_with_it(make, kept_as):
+    buffer = make((2, 3))
+    function = memoized(Recorder(lambda batch: kept_as(buffer[: len(batch)])), maxsize=1)
+    function(["a", "b"])
+    buffer[:] = 7
+    (row,) = function.cache_peek(["b"]).values()
+    assert row.tolist() == [1.0] * 3
+    assert row.base is None if make is np.ones else row.untyped_storage().nbytes() == row.nbytes
 
-    def answer(batch):
-        whole.append(np.ones((len(batch), 2)))
-        return whole[-1]
 
-    memoized(Recorder(answer), maxsize=1)(["a", "b"])
-    reference = weakref.ref(whole.pop())
-    assert reference() is None
+def test_array_or_tensor_of_its_own_is_kept_itself():
+    values = [np.ones(3), torch.ones(3), torch.ones(3).to_sparse()]
+    function = memoized(Recorder(lambda batch: values))
+    assert all(map(operator.is_, function(["a", "b", "c"]), values))
 
 
-def test_tensor_with_a_graph_is_refused():
+@pytest.mark.parametrize("dtype", [object, "U3", "S3", "datetime64[s]", [("a", "i4"), ("b", "f8")]])
+def test_arrays_of_what_is_no_number_keep_their_dtype(dtype):
+    function = memoized(Recorder(lambda batch: np.array([1, 22, 333])[: len(batch)].astype(dtype)))
+    first, again = function(["a", "b", "c"]), function(["c", "a"])
+    assert first.dtype == again.dtype == np.dtype(dtype) and again.tolist() == first[[2, 0]].tolist()
+
+
+@pytest.mark.parametrize("kind", [np.ma.masked_array, np.matrix, np.recarray])
+def test_arrays_that_would_lose_what_they_are_are_refused(kind):
+    function = memoized(Recorder(lambda batch: np.ones((len(batch), 2)).view(kind)))
+    with pytest.raises(BatchFunctionError, match="return a list with one value per item, or an array"):
+        function(["a"])
+
+
+@pytest.mark.parametrize("gather", [torch.stack, list], ids=["tensor", "list"])
+def test_tensor_with_a_graph_is_refused(gather):
     weight = torch.ones(2, requires_grad=True)
-    function = memoized(Recorder(lambda batch: torch.stack([weight for _ in batch])))
+    function = memoized(Recorder(lambda batch: gather([weight * 2 for _ in batch])))
     with pytest.raises(BatchFunctionError, match=r"requires grad.*torch.no_grad"):
         function(["a"])
 
@@ -402,6 +514,16 @@ def test_other_arguments_of_which_no_value_is_left_are_forgotten():
     assert function(["a"], 2499) == ["a"] and function.cache_info().hits == 1
 
 
+def test_looking_for_many_other_arguments_loses_no_value():
+    function = memoized(Recorder())
+    function(["a"])
+    for extra in range(1500):
+        function.cache_peek(["a"], extra=extra)
+    assert len(function._values._contexts) < 1100
+    function(["a"])
+    assert function.cache_info().hits == 1
+
+
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
@@ -411,6 +533,8 @@ def test_other_arguments_of_which_no_value_is_left_are_forgotten():
         ({"max_bytes": 0}, "max_bytes is 0; give a number of bytes, at least 1"),
         ({"max_bytes": "lots"}, "max_bytes: 'lots' is not a size"),
         ({"ttl": 0}, "ttl is 0; give seconds, more than 0"),
+        ({"ttl": "5"}, "ttl is '5'; give seconds"),
+        ({"key": "id"}, "key is 'id'; give a function from an item to what stands for it"),
         ({"batch_size": 0}, "batch_size is 0; give items per call, at least 1"),
         ({"getsizeof": len}, "max_bytes, which is not given; give both or neither"),
     ],
@@ -443,6 +567,59 @@ def test_clear_forgets_values_and_counts():
     assert function.cache_info() == (0, 0, None, 0)
     record.answer = np.array  # another kind may follow
     assert isinstance(function(["a"]), np.ndarray)
+
+
+def test_clearing_while_rows_are_computed_leaves_them_rows():
+    def answer(batch):
+        if function.cache_info().misses == 0 and batch == ["a"]:
+            function.cache_clear()
+        return np.array(batch)
+
+    record = Recorder(answer)
+    function = memoized(record)
+    assert isinstance(function(["a"]), np.ndarray)
+    assert isinstance(function(["a"]), np.ndarray) and len(record.batches) == 1
+
+
+def test_clearing_before_a_coroutine_starts_leaves_its_rows_rows():
+    @memoize_batch("batch")
+    async def function(batch):
+        return np.array(batch)
+
+    async def main():
+        coroutine = function([1])
+        function.cache_clear()
+        return await coroutine, await function([1])
+
+    assert [type(one) for one in asyncio.run(main())] == [np.ndarray] * 2
+
+
+def test_clearing_between_a_computation_and_its_end_leaves_its_kind_known():
+    values, call = Values(Bounds()), Call(["a"], (), (), {}, 0)
+    values.store.claim(["a"], Asker())
+    values.context(call).kind = np.ndarray
+    values.clear()
+    assert values.context(call).kind is np.ndarray
+
+
+def test_coroutine_that_is_older_than_the_cache_returns_what_newer_calls_do():
+    kinds = [list]
+
+    @memoize_batch("batch")
+    async def function(batch):
+        return kinds[-1](batch)
+
+    async def main():
+        await function([0])
+        coroutine = function([1])
+        function.cache_clear()
+        kinds.append(np.array)
+        await function([2])
+        kinds.append(list)
+        with pytest.raises(BatchFunctionError, match="returned a list, and a ndarray before"):
+            await coroutine
+
+    asyncio.run(main())
 
 
 # methods
@@ -485,6 +662,39 @@ def test_cache_keeps_no_instance_alive():
     del model
     gc.collect()
     assert reference() is None and len(Model.predict._instances) == before - 1
+
+
+def test_method_below_another_decorator_keeps_no_instance_alive():
+    class Network:
+        @torch.no_grad()
+        @memoize_batch("batch")
+        def predict(self, batch):
+            return [id(self) for _ in batch]
+
+        def __eq__(self, other):
+            return True
+
+    one, two = Network(), Network()
+    assert one.predict([1]) == [id(one)] and two.predict([1]) == [id(two)]
+    reference = weakref.ref(one)
+    del one
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_decorator_above_that_of_the_class_is_refused(kind):
+    with pytest.raises(BatchFunctionError, match=f"put @{kind.__name__} above the decorator that caches"):
+        memoize_batch("batch")(kind(lambda *given: given))
+
+
+@pytest.mark.parametrize("decorator", [memoize_batch, cache_batch_variable])
+def test_decorator_without_the_name_of_the_batch_is_refused_at_once(decorator):
+    with pytest.raises(BatchFunctionError, match=r"is no name of an argument; write @memoize_batch\('texts'\)"):
+
+        @decorator
+        def function(texts):
+            return texts
 
 
 def test_instances_that_cannot_be_referred_to_are_refused():

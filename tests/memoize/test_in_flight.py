@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import gc
 import inspect
 import os
 import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 from quatcache import memoize_batch
+from quatcache.memoize import flights
+from quatcache.memoize.answers import answer_async, answering
+from quatcache.memoize.flights import Asker, SharedStore
+from quatcache.store import MemoryStore
 
 
 class Gate:
@@ -151,7 +158,171 @@ def test_eight_threads_with_failures_and_evictions_get_right_answers():
     assert square._values.store._flights == {}
 
 
+def in_threads(*calls):
+    """Answers of calls that are made at the same time, in threads that nobody has to wait for."""
+    answers = [concurrent.futures.Future() for _ in calls]
+
+    def run(call, answer):
+        answer.set_result(call())
+
+    for pair in zip(calls, answers, strict=True):
+        threading.Thread(target=run, args=pair, daemon=True).start()
+    return [answer.result(20) for answer in answers]
+
+
+class Together:
+    """Two that go on when both have come."""
+
+    def __init__(self):
+        self.came = threading.Event(), threading.Event()
+
+    def wait(self, which):
+        self.came[which].set()
+        assert self.came[not which].wait(20)
+
+
+def test_threads_whose_recursions_need_each_other_do_not_wait_for_ever():
+    together = Together()
+
+    @memoize_batch("numbers")
+    def total(numbers):
+        if numbers in ([5, 3], [4]):  # 5 needs 4, which the other thread computes, and that needs 3
+            together.wait(numbers == [4])
+        return [number + (total([number - 1])[0] if number else 0) for number in numbers]
+
+    assert in_threads(lambda: total([5, 3]), lambda: total([4])) == [[15, 6], [10]]
+    assert total._values.store._flights == {}
+
+
+def test_threads_in_functions_that_need_each_other_do_not_wait_for_ever():
+    together = Together()
+
+    @memoize_batch("numbers")
+    def one(numbers):
+        if len(numbers) == 2:
+            together.wait(True)
+        return [number + (other([number - 1])[0] if number else 0) for number in numbers]
+
+    @memoize_batch("numbers")
+    def other(numbers):
+        if len(numbers) == 2:
+            together.wait(False)
+        return [number * (one([number - 1])[0] if number else 1) for number in numbers]
+
+    assert in_threads(lambda: one([5, 3]), lambda: other([4, 1])) == [[25, 5], [20, 0]]
+
+
+def test_what_is_computed_further_up_is_computed_again_with_the_rest():
+    batches = []
+
+    @memoize_batch("numbers")
+    def function(numbers):
+        batches.append(list(numbers))
+        return [-one for one in numbers] if 3 not in numbers else [sum(function([1, 2])), -2]
+
+    assert function([3, 2]) == [-3, -2] and batches == [[3, 2], [1, 2]]
+
+
 # tasks
+
+
+def test_tasks_that_a_function_starts_do_not_wait_for_what_it_computes():
+    @memoize_batch("numbers")
+    async def fibonacci(numbers):
+        async def one(number):
+            if number < 2:
+                return number
+            (before,), (first,) = await asyncio.gather(fibonacci([number - 1]), two(number))
+            return before + first
+
+        async def two(number):
+            return await fibonacci([number - 2])
+
+        return [await one(number) for number in numbers]
+
+    assert asyncio.run(asyncio.wait_for(fibonacci([9, 7, 8]), 20)) == [34, 13, 21]
+
+
+@pytest.mark.filterwarnings("error")
+def test_task_that_was_forgotten_with_its_loop_gives_up_what_it_computed():
+    forgotten = True
+
+    @memoize_batch("batch")
+    async def function(batch):
+        if forgotten:
+            await asyncio.Event().wait()
+        return batch
+
+    async def start():
+        task = asyncio.ensure_future(function([1]))
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start())
+    loop.close()
+    del loop
+    gc.collect()
+    forgotten = False
+    assert asyncio.run(asyncio.wait_for(function([1]), 20)) == [1]
+
+
+def test_cancelled_wait_for_what_was_given_up_is_not_logged():
+    logged = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: logged.append(context))
+        entered, opened = asyncio.Event(), asyncio.Event()
+
+        @memoize_batch("batch")
+        async def function(batch):
+            entered.set()
+            await opened.wait()
+            raise RuntimeError("boom")
+
+        first = asyncio.create_task(function(["a"]))
+        await entered.wait()
+        second = asyncio.create_task(function(["a"]))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.sleep(0)
+        opened.set()
+        await asyncio.wait([first, second])
+        assert isinstance(first.exception(), RuntimeError) and second.cancelled()
+        del first, second
+        for _ in range(3):
+            await asyncio.sleep(0)
+            gc.collect()
+
+    asyncio.run(main())
+    assert logged == []
+
+
+def test_turn_that_comes_after_its_task_was_cancelled_is_passed_on():
+    entered, opened, passed_on = threading.Event(), threading.Event(), threading.Event()
+
+    @contextmanager
+    def alone():
+        entered.set()
+        assert opened.wait(20)
+        yield
+        passed_on.set()
+
+    async def compute(positions):
+        raise AssertionError("it was cancelled")
+
+    async def main():
+        steps = answering(["a"], SharedStore(MemoryStore(), alone), None)
+        task = asyncio.create_task(answer_async(steps, compute))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        opened.set()
+
+    asyncio.run(main())
+    assert passed_on.wait(20)
 
 
 def test_async_function_is_one():
@@ -261,3 +432,23 @@ def test_forked_process_does_not_wait_for_a_thread_that_it_does_not_have():
         gate.open.set()
         assert first.result(60) == ["A"]
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_forked_process_may_wait_though_another_thread_was_about_to():
+    with flights._WAITS:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if flights._WAITS.acquire(timeout=20) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_gives_up_leaves_what_another_has_claimed_since():
+    store, first, second = SharedStore(MemoryStore()), Asker(), Asker()
+    store.claim(["a"], first)
+    store.put_many(["a"], [1])
+    store.clear()
+    store.claim(["a"], second)
+    store.release(["a"], first)
+    assert not store.claim(["a"], Asker()).others[0].outcome.done()

@@ -6,15 +6,20 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from quatcache import BatchFunctionError, memoize_batch
 from quatcache.errors import ConfigError, StoreError
+from quatcache.memoize.stored import StoredValues
+from quatcache.store import CacheDirectory, DiskStore, Found
+from quatcache.store.files import FILL_LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("hammering.py")
@@ -265,6 +270,79 @@ def test_clearing_is_refused(tmp_path):
 def test_argument_without_content_is_refused(tmp_path):
     with pytest.raises(BatchFunctionError, match=r"of its other arguments \(suffix\) one has no content"):
         stored(upper, tmp_path)(["a"], suffix=Model())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([np.zeros(2), [0, 0]], "beside it is a list; return only such values"),
+        ([np.zeros(2), torch.zeros(2)], "beside it is a Tensor"),
+        ([np.zeros(2, np.float32), np.zeros(2)], "dtypes float32, float64; return one dtype"),
+        ([torch.zeros(2), torch.zeros(2).double()], r"dtypes torch.float32, torch.float64"),
+        (np.zeros(2, np.uint16), "its dtype is torch.uint16; return one of float64"),
+        (torch.zeros(2, dtype=torch.complex64), "its dtype is torch.complex64"),
+        ([10**5000, 1], "which cannot be stored as a list of json"),
+        ([np.zeros(2), np.zeros(3)], "must have the same shape"),
+    ],
+)
+def test_values_that_would_come_back_otherwise_are_refused(values, said, tmp_path):
+    def all_of_them(batch):
+        return values
+
+    all_of_them.__qualname__ = "all_of_them"
+    function = stored(all_of_them, tmp_path)
+    with pytest.raises(BatchFunctionError, match=said):
+        function(["a", "b"])
+    assert function.cache_info().currsize == 0 and not list(tmp_path.glob("encoders/*/shard-*"))
+
+
+def test_values_that_are_there_are_not_written_again(tmp_path):
+    values = StoredValues(CacheDirectory(tmp_path), {"class": "module.function", "version": "1"})
+    values.kind = list
+    with values.alone():
+        for new in (2, 3):
+            values.put_many([(1, new), (1, 1)], ["new", "known"])
+    assert [row.rows for row in values._rows.manifest.shards] == [2, 1]
+
+
+def test_one_long_value_does_not_make_all_others_as_long(tmp_path, monkeypatch):
+    widths, put, get = [], DiskStore.put_many, DiskStore.get_many
+
+    def noted(sequences):
+        widths.append(sequences.mask.numel())
+        return sequences
+
+    monkeypatch.setattr(DiskStore, "put_many", lambda store, keys, values: put(store, keys, noted(values)))
+    monkeypatch.setattr(
+        DiskStore, "get_many", lambda store, keys: Found((found := get(store, keys)).positions, noted(found.values))
+    )
+
+    def repeated(batch):
+        return ["x" * item for item in batch]
+
+    repeated.__qualname__ = "repeated"
+    asked = [*range(150), 5000, *range(150, 300)]
+    assert stored(repeated, tmp_path)(asked) == repeated(asked) == stored(repeated, tmp_path)(asked)
+    more = [*asked[::-1], 1000, *asked]
+    assert stored(repeated, tmp_path)(more) == repeated(more)
+    assert max(widths) <= 32 * 5002 and len(widths) > 20
+
+
+def test_async_function_needs_no_thread_of_the_loop_and_gives_its_turn_back(tmp_path):
+    async def main():
+        busy = ThreadPoolExecutor(1)
+        opened = threading.Event()
+        busy.submit(opened.wait, 20)
+        asyncio.get_running_loop().set_default_executor(busy)
+        try:
+            return await asyncio.wait_for(stored(tasks, tmp_path)(["a"]), 20)
+        finally:
+            opened.set()
+
+    assert asyncio.run(main()) == ["A"]
+    (lock,) = tmp_path.glob(f"encoders/*/{FILL_LOCK}")
+    with FileLock(lock, timeout=0):
+        pass
 
 
 # processes
