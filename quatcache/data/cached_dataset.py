@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from quatcache.store.slot_values import as_item
 
 __all__ = ["CachedDataset"]
 
+logger = logging.getLogger(__name__)
+
 
 class CachedDataset(Dataset[Any]):
     """A map-style dataset whose samples are read through a shared cache.
@@ -40,10 +43,11 @@ class CachedDataset(Dataset[Any]):
     A ``DataLoader`` reads the cached samples of a batch in one go, and they are copied once, with workers or without.
 
     Args:
-        dataset: Gives the same sample for an index each time: random augmentation belongs into ``transform``.
+        dataset: Gives the same sample for an index each time: random augmentation belongs into ``transform``. The first
+            sample is read twice; if the two differ, a warning says so.
         cache: Made for its length and its items.
         transform: Applied to the item at each read, cached or not; it may change what it gets.
-        example: A sample such as the dataset gives; None: ``dataset[0]`` is read, in the process that wraps it.
+        example: A sample such as the dataset gives, which is then not read, in the process that wraps it.
 
     Raises:
         ConfigError: The cache is for another number of samples.
@@ -79,6 +83,12 @@ class CachedDataset(Dataset[Any]):
         sample = dataset[0] if example is None else example
         self._store = _SampleStore.of(cache, SampleParts.of(sample, cache.spec.dims, cache.spec.dtype))
         self._batches = replace(self._store, together=True)
+        if example is None and not self._store.same(sample, dataset[0]):
+            logger.warning(
+                "%s gives another sample 0 each time, and every later epoch would get the first one: leave out what is "
+                "random, and give it to CachedDataset(..., transform=...).",
+                type(dataset).__name__,
+            )
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -249,6 +259,11 @@ class _SampleStore:
         """Give each part of samples as slots hold it, the item last."""
         columns = list(zip(*map(self.parts.apart, samples), strict=True))
         return [_stacked(self.caches[place], keys, columns[place]) for place in self.order]
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Say whether two samples are equal, bit for bit."""
+        columns = zip(self.columns([0], [one]), self.columns([0], [other]), strict=True)
+        return all(tensor_bytes(value) == tensor_bytes(again) for value, again in columns)
 
     def assemble(self, size: int, parts: Sequence[Found]) -> list[Any]:
         """Put samples in the order of their positions."""

@@ -599,4 +599,16 @@ def test_example_spares_reading_a_sample():
     CachedDataset(dataset, SharedCache(1, COUNT, SHAPE), example=KINDS["tuple"](0))
     assert dataset.reads.sum() == 0
     CachedDataset(dataset, SharedCache(1, COUNT, SHAPE))
-    assert dataset.reads.tolist() == [1] + [0] * (COUNT - 1)
+    assert dataset.reads.tolist() == [2] + [0] * (COUNT - 1)
+
+
+def test_a_dataset_that_augments_is_told_of_before_its_samples_are_frozen(caplog):
+    class Augmenting(Counted):
+        def __getitem__(self, index):
+            return torch.randint(0, 256, SHAPE, dtype=torch.uint8), index
+
+    CachedDataset(Counted("tuple"), SharedCache(1, COUNT, SHAPE))
+    assert "sample 0" not in caplog.text
+    CachedDataset(Augmenting(), SharedCache(1, COUNT, SHAPE))
+    assert "Augmenting gives another sample 0 each time" in caplog.text
+    assert "CachedDataset(..., transform=...)" in caplog.text
